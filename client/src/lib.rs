@@ -1,1 +1,3 @@
-//! placeholder
+//! The crate a device embeds: local training, contribution and release slots behind a few traits.
+
+pub mod data;
