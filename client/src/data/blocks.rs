@@ -15,7 +15,7 @@ pub const TEXT_SEPARATOR: &str = "\n";
 #[must_use]
 pub fn blocks<S: AsRef<str>>(tokenizer: &Tokenizer, texts: &[S], block_tokens: usize) -> Vec<Vec<u32>> {
     let texts: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
-    cut(&tokenizer.encode(&texts.join(TEXT_SEPARATOR), false), block_tokens)
+    cut(&tokenizer.encode_ordinary(&texts.join(TEXT_SEPARATOR)), block_tokens)
 }
 
 fn cut(ids: &[u32], block_tokens: usize) -> Vec<Vec<u32>> {
