@@ -1,0 +1,464 @@
+//! The device's side as a value: check in, train, contribute, done; a release beside it.
+//!
+//! The shell asks [`Device::poll_action`] what to do, does it, and answers with one `handle_*`
+//! call. At most one action is out at a time. The machine decides, checks signatures and floors,
+//! clips and encodes; the shell only moves bytes, trains and keeps files.
+
+mod action;
+mod floors;
+mod session;
+
+pub use action::{Action, InstallOrder, Request, Response, TrainOrder, TrainingFailure};
+pub use floors::{DeviceFloors, FloorError};
+
+use crate::{
+    digest::Digest,
+    error::WireError,
+    limits::*,
+    manifest::ReleaseManifest,
+    name::Name,
+    policy::PopulationPolicy,
+    rpc::{CallFailure, FailureKind, Reaction},
+    sign::{Purpose, TrustRoot},
+    time::UnixMillis,
+    wire::{self, TaskResult},
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha20Rng;
+use session::{Session, Step};
+
+/// What a device is set up with.
+#[derive(Debug, Clone)]
+pub struct DeviceSetup {
+    /// Population it belongs to.
+    pub population: Name,
+    /// Keys that it trusts for plans, policies and releases.
+    pub trust_root: TrustRoot,
+    /// Vendor's device class; coarse.
+    pub device_class: String,
+    /// What it never goes below.
+    pub floors: DeviceFloors,
+    /// Version of the release it runs; 0 for none.
+    pub release_version: u64,
+    /// Highest release version ever accepted: nothing below it is installed again (rollback attack).
+    pub release_version_max: u64,
+}
+
+/// What happened, for logs and progress. Holds nothing derived from private data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The coordinator had no work.
+    NoWork,
+    /// Selected for a round.
+    Selected {
+        /// The task.
+        task: Name,
+        /// The round.
+        round: u32,
+    },
+    /// The contribution is in.
+    Contributed {
+        /// The task.
+        task: Name,
+        /// The round.
+        round: u32,
+    },
+    /// The session ended without a contribution.
+    Ended(String),
+    /// The coordinator's words were refused.
+    Refused(String),
+    /// A call failed and will be repeated.
+    Retrying(String),
+    /// A release serves now.
+    ReleaseActive(u64),
+    /// A release was refused.
+    ReleaseRejected {
+        /// Its version.
+        version: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+enum State {
+    /// Nothing to do before this time.
+    Idle(UnixMillis),
+    CheckingIn(wire::CheckInRequest),
+    Choosing(PopulationPolicy),
+    InSession(Box<Session>),
+    Reporting(wire::ReportTaskResultRequest),
+    Fetching(Box<InstallOrder>, Digest),
+    Installing(Box<InstallOrder>),
+    ReportingRelease(wire::ReportReleaseRequest),
+}
+
+/// One device. See the module's words.
+pub struct Device {
+    setup: DeviceSetup,
+    rng: ChaCha20Rng,
+    state: State,
+    in_flight: bool,
+    failures: u32,
+    not_before: UnixMillis,
+    policy: Option<(Vec<u8>, PopulationPolicy)>,
+    chosen: Option<Vec<Name>>,
+    return_at: UnixMillis,
+    release: Option<ReleaseManifest>,
+    events: Vec<Event>,
+}
+
+impl Device {
+    /// A device that checks in at once. `seed` drives nonces and the times it comes back; fresh
+    /// randomness outside simulations.
+    pub fn new(setup: DeviceSetup, seed: [u8; 32], now: UnixMillis) -> Self {
+        Self {
+            setup,
+            rng: ChaCha20Rng::from_seed(seed),
+            state: State::Idle(now),
+            in_flight: false,
+            failures: 0,
+            not_before: now,
+            policy: None,
+            chosen: None,
+            return_at: now,
+            release: None,
+            events: Vec::new(),
+        }
+    }
+
+    /// What to do now; none while an action is out or before [`Device::poll_timeout`].
+    pub fn poll_action(&mut self, now: UnixMillis) -> Option<Action> {
+        if self.in_flight || now < self.not_before {
+            return None;
+        }
+        if let State::Idle(until) = self.state {
+            if now < until {
+                return None;
+            }
+            self.wake();
+        }
+        self.in_flight = true;
+        Some(self.current_action())
+    }
+
+    /// When to poll again; none while an action is out.
+    pub fn poll_timeout(&self) -> Option<UnixMillis> {
+        if self.in_flight {
+            return None;
+        }
+        match self.state {
+            State::Idle(until) => Some(until.max(self.not_before)),
+            State::CheckingIn(_)
+            | State::Choosing(_)
+            | State::InSession(_)
+            | State::Reporting(_)
+            | State::Fetching(..)
+            | State::Installing(_)
+            | State::ReportingRelease(_) => Some(self.not_before),
+        }
+    }
+
+    /// What happened since the last call.
+    pub fn poll_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// True between check-ins, with nothing under way.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle(_))
+    }
+
+    /// Answers [`Action::Choose`]: the tasks the app takes part in now, none of them included.
+    pub fn handle_choice(&mut self, tasks: Vec<Name>, _now: UnixMillis) {
+        self.in_flight = false;
+        let State::Choosing(policy) = &self.state else { return };
+        let offered = |task: &Name| policy.tasks.iter().any(|offer| offer.task == *task);
+        self.chosen = Some(tasks.into_iter().filter(offered).collect());
+        self.state = State::CheckingIn(self.check_in());
+    }
+
+    /// Answers [`Action::Call`] with the coordinator's answer.
+    pub fn handle_response(&mut self, response: Response, now: UnixMillis) {
+        (self.in_flight, self.failures) = (false, 0);
+        match (std::mem::replace(&mut self.state, State::Idle(now)), response) {
+            (State::CheckingIn(_), Response::CheckIn(answer)) => self.handle_check_in(answer, now),
+            (State::InSession(session), response) => self.handle_session_response(session, response, now),
+            (State::Reporting(_), Response::ReportTaskResult)
+            | (State::ReportingRelease(_), Response::ReportRelease) => self.rest(now),
+            (state, _) => {
+                self.state = state;
+                let failure = CallFailure::new(FailureKind::Internal, "the answer is for another call");
+                self.handle_call_failed(&failure, now);
+            }
+        }
+    }
+
+    /// Answers [`Action::Call`] or [`Action::Fetch`] that failed.
+    pub fn handle_call_failed(&mut self, failure: &CallFailure, now: UnixMillis) {
+        self.in_flight = false;
+        self.failures += 1;
+        let reaction = failure.kind.reaction();
+        if reaction == Reaction::RetrySame && self.failures < CALL_ATTEMPTS_MAX {
+            self.not_before = now.plus(self.backoff());
+            self.events.push(Event::Retrying(failure.to_string()));
+            return;
+        }
+        self.events.push(Event::Ended(failure.to_string()));
+        self.give_up(reaction, now);
+    }
+
+    /// Answers [`Action::Fetch`]: the blob is held and verified.
+    pub fn handle_fetched(&mut self, now: UnixMillis) {
+        (self.in_flight, self.failures) = (false, 0);
+        match &mut self.state {
+            State::InSession(session) => session.fetched(),
+            State::Fetching(order, digest) if *digest == order.manifest.base_model => {
+                *digest = order.manifest.adapter;
+            }
+            State::Fetching(order, _) => self.state = State::Installing(order.clone()),
+            State::Idle(_)
+            | State::CheckingIn(_)
+            | State::Choosing(_)
+            | State::Reporting(_)
+            | State::Installing(_)
+            | State::ReportingRelease(_) => self.rest(now),
+        }
+    }
+
+    /// Answers [`Action::Train`] with the raw update: final minus initial values. It is clipped and
+    /// encoded here; one that holds NaN or infinity ends the session and is reported as failed.
+    pub fn handle_trained(&mut self, delta: Vec<f32>, now: UnixMillis) {
+        self.in_flight = false;
+        let State::InSession(session) = &mut self.state else { return };
+        if let Err(reason) = session.trained(delta) {
+            self.withdraw(TaskResult::TrainingFailed, &reason, now);
+        }
+    }
+
+    /// Answers [`Action::Train`] that produced no update.
+    pub fn handle_training_failed(&mut self, failure: &TrainingFailure, now: UnixMillis) {
+        self.in_flight = false;
+        self.withdraw(failure.result(), &failure.to_string(), now);
+    }
+
+    /// Answers [`Action::Install`]: the release serves.
+    pub fn handle_installed(&mut self, now: UnixMillis) {
+        self.in_flight = false;
+        if let State::Installing(order) = &self.state {
+            let version = order.manifest.version;
+            self.setup.release_version = version;
+            self.setup.release_version_max = self.setup.release_version_max.max(version);
+            self.events.push(Event::ReleaseActive(version));
+            self.state = self.report_release(version, wire::ReleaseState::Active);
+        } else {
+            self.rest(now);
+        }
+    }
+
+    /// Answers [`Action::Install`] that failed: the previous model serves, and this version is not
+    /// tried again.
+    pub fn handle_install_failed(&mut self, reason: &str, now: UnixMillis) {
+        self.in_flight = false;
+        if let State::Installing(order) = &self.state {
+            let version = order.manifest.version;
+            self.setup.release_version_max = self.setup.release_version_max.max(version);
+            self.events.push(Event::ReleaseRejected { version, reason: reason.to_owned() });
+            self.state = self.report_release(version, wire::ReleaseState::Rejected);
+        } else {
+            self.rest(now);
+        }
+    }
+
+    fn current_action(&self) -> Action {
+        match &self.state {
+            State::Idle(_) => unreachable!("woken before"),
+            State::CheckingIn(request) => Action::Call(Request::CheckIn(request.clone())),
+            State::Choosing(policy) => Action::Choose(policy.clone()),
+            State::InSession(session) => session.action(),
+            State::Reporting(request) => Action::Call(Request::ReportTaskResult(request.clone())),
+            State::Fetching(_, digest) => Action::Fetch(*digest),
+            State::Installing(order) => Action::Install(order.clone()),
+            State::ReportingRelease(request) => Action::Call(Request::ReportRelease(request.clone())),
+        }
+    }
+
+    fn wake(&mut self) {
+        self.state = match (self.release.take(), &self.policy) {
+            (Some(manifest), _) => {
+                let digest = manifest.base_model;
+                State::Fetching(Box::new(InstallOrder { manifest }), digest)
+            }
+            (None, Some((_, policy))) if self.chosen.is_none() => State::Choosing(policy.clone()),
+            (None, _) => State::CheckingIn(self.check_in()),
+        };
+    }
+
+    fn check_in(&mut self) -> wire::CheckInRequest {
+        let nonce: [u8; 16] = self.rng.random();
+        let tasks = self.chosen.as_deref().unwrap_or_default();
+        wire::CheckInRequest {
+            population: self.setup.population.as_str().into(),
+            nonce: nonce.to_vec(),
+            capabilities: Some(wire::DeviceCapabilities {
+                client_version: env!("CARGO_PKG_VERSION").into(),
+                device_class: self.setup.device_class.clone(),
+                aggregation_protocols: self.setup.floors.protocols.iter().map(|p| i32::from(*p)).collect(),
+            }),
+            policy_sha256: self.policy.as_ref().map(|(sha256, _)| sha256.clone()).unwrap_or_default(),
+            eligible_tasks: tasks.iter().map(|task| task.as_str().into()).collect(),
+            release_version: self.setup.release_version,
+        }
+    }
+
+    fn handle_check_in(&mut self, answer: wire::CheckInResponse, now: UnixMillis) {
+        self.chosen = None;
+        self.return_at = self.draw_return(answer.retry_window.unwrap_or_default(), now);
+        let outcome = self.take_offer(answer, now).unwrap_or_else(|refusal| {
+            self.events.push(Event::Refused(refusal));
+            None
+        });
+        match outcome {
+            Some(state) => self.state = state,
+            None => self.rest(now),
+        }
+    }
+
+    /// Reads a check-in's answer: the next state, or none when there is nothing to do.
+    fn take_offer(&mut self, answer: wire::CheckInResponse, now: UnixMillis) -> Result<Option<State>, String> {
+        use wire::check_in_response::Outcome;
+        if let Some(resource) = answer.release_manifest
+            && let Err(refusal) = self.take_release(&resource, now)
+        {
+            self.events.push(Event::Refused(refusal));
+        }
+        match answer.outcome {
+            Some(Outcome::Policy(resource)) => self.take_policy(&resource).map(Some),
+            Some(Outcome::Assignment(assignment)) => self.take_assignment(assignment, now).map(Some),
+            Some(Outcome::NoAssignment(_)) => {
+                self.events.push(Event::NoWork);
+                Ok(None)
+            }
+            None => Err(WireError::Missing("check_in.outcome").to_string()),
+        }
+    }
+
+    fn take_policy(&mut self, resource: &wire::Resource) -> Result<State, String> {
+        let envelope = inline("check_in.policy", resource).map_err(|e| e.to_string())?;
+        let sha256 = Digest::of(envelope).sha256.to_vec();
+        if self.policy.as_ref().is_some_and(|(held, _)| *held == sha256) {
+            return Err("check_in.policy: the coordinator sent the policy that this device named".into());
+        }
+        let bytes = self.setup.trust_root.open(Purpose::Policy, envelope).map_err(|e| e.to_string())?;
+        let policy = PopulationPolicy::parse(&bytes).map_err(|e| e.to_string())?;
+        if policy.population != self.setup.population {
+            return Err(format!("check_in.policy: for population {}", policy.population));
+        }
+        self.policy = Some((sha256, policy.clone()));
+        Ok(State::Choosing(policy))
+    }
+
+    fn take_assignment(&mut self, assignment: wire::TaskAssignment, now: UnixMillis) -> Result<State, String> {
+        let token = assignment.session_token.clone();
+        match Session::accept(assignment, &self.setup, now) {
+            Ok(session) => {
+                let (task, round) = (session.task().clone(), session.round());
+                self.events.push(Event::Selected { task, round });
+                Ok(State::InSession(Box::new(session)))
+            }
+            Err(refusal) => {
+                self.events.push(Event::Refused(refusal));
+                Ok(report_task(token, TaskResult::PlanRejected))
+            }
+        }
+    }
+
+    fn take_release(&mut self, resource: &wire::Resource, now: UnixMillis) -> Result<(), String> {
+        let envelope = inline("check_in.release_manifest", resource).map_err(|e| e.to_string())?;
+        let bytes = self.setup.trust_root.open(Purpose::Release, envelope).map_err(|e| e.to_string())?;
+        let manifest = ReleaseManifest::parse(&bytes).map_err(|e| e.to_string())?;
+        if manifest.population != self.setup.population {
+            return Err(format!("release {}: for population {}", manifest.version, manifest.population));
+        }
+        if manifest.expires <= now {
+            return Err(format!("release {}: expired", manifest.version));
+        }
+        if manifest.version > self.setup.release_version_max {
+            self.release = Some(manifest);
+        }
+        Ok(())
+    }
+
+    fn handle_session_response(&mut self, mut session: Box<Session>, response: Response, now: UnixMillis) {
+        match session.response(response) {
+            Step::Continue { not_before_ms } => {
+                self.not_before = now.plus(not_before_ms.min(RETRY_DELAY_MS_MAX));
+                self.state = State::InSession(session);
+            }
+            Step::Contributed => {
+                let (task, round) = (session.task().clone(), session.round());
+                self.events.push(Event::Contributed { task, round });
+                self.rest(now);
+            }
+            Step::Ended(reason) => {
+                self.events.push(Event::Ended(reason));
+                self.rest(now);
+            }
+        }
+    }
+
+    fn withdraw(&mut self, result: TaskResult, reason: &str, now: UnixMillis) {
+        let State::InSession(session) = &self.state else { return self.rest(now) };
+        self.events.push(Event::Ended(reason.to_owned()));
+        self.state = report_task(session.token(), result);
+    }
+
+    fn report_release(&self, version: u64, state: wire::ReleaseState) -> State {
+        let population = self.setup.population.as_str().into();
+        State::ReportingRelease(wire::ReportReleaseRequest { population, version, state: state.into() })
+    }
+
+    fn give_up(&mut self, reaction: Reaction, now: UnixMillis) {
+        self.failures = 0;
+        let stay_away = match reaction {
+            Reaction::RestartSession => BACKOFF_MS_MIN,
+            Reaction::RetrySame | Reaction::StopUntilWindow => BACKOFF_MS_MAX,
+            Reaction::StopUntilUpdate => RETRY_DELAY_MS_MAX,
+        };
+        let jitter = self.rng.random_range(0..=stay_away / 2);
+        self.return_at = self.return_at.max(now.plus(stay_away + jitter));
+        self.state = State::Idle(self.return_at);
+        self.not_before = now;
+    }
+
+    /// Back to idle until the window, or on to a release that waits.
+    fn rest(&mut self, now: UnixMillis) {
+        let until = if self.release.is_some() { now } else { self.return_at };
+        (self.state, self.not_before) = (State::Idle(until), now);
+    }
+
+    fn draw_return(&mut self, window: wire::RetryWindow, now: UnixMillis) -> UnixMillis {
+        let min = window.delay_min_ms.min(RETRY_DELAY_MS_MAX);
+        let max = window.delay_max_ms.clamp(min, RETRY_DELAY_MS_MAX);
+        now.plus(self.rng.random_range(min..=max))
+    }
+
+    fn backoff(&mut self) -> u64 {
+        let full = (BACKOFF_MS_MIN << self.failures.min(16)).min(BACKOFF_MS_MAX);
+        self.rng.random_range(full / 2..=full)
+    }
+}
+
+fn report_task(session_token: Vec<u8>, result: TaskResult) -> State {
+    State::Reporting(wire::ReportTaskResultRequest { session_token, result: result.into() })
+}
+
+fn inline<'a>(field: &'static str, resource: &'a wire::Resource) -> Result<&'a [u8], WireError> {
+    match &resource.source {
+        Some(wire::resource::Source::Inline(bytes)) if bytes.len() <= INLINE_BYTES_MAX => Ok(bytes),
+        Some(wire::resource::Source::Inline(bytes)) => {
+            Err(WireError::invalid(field, format!("{} bytes inline; at most {INLINE_BYTES_MAX}", bytes.len())))
+        }
+        Some(wire::resource::Source::Blob(_)) => Err(WireError::invalid(field, "expected inline")),
+        None => Err(WireError::Missing(field)),
+    }
+}

@@ -1,0 +1,96 @@
+//! What a device never goes below, whatever a signed plan says.
+
+use crate::{digest::Digest, plan::TaskPlan, wire::AggregationProtocol};
+use thiserror::Error;
+
+/// The device's own bounds. A coordinator that signs a worse plan gets no update.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceFloors {
+    /// Aggregation protocols that its owner allows. Empty by default: the plaintext protocol must be
+    /// allowed by name.
+    pub protocols: Vec<AggregationProtocol>,
+    /// Fewest contributions in any sum.
+    pub summands_min: u32,
+    /// Largest clipping norm.
+    pub clipping_norm_max: f32,
+    /// Largest base model, bytes.
+    pub base_model_bytes_max: u64,
+    /// Most optimizer steps a round.
+    pub steps_max: u32,
+}
+
+impl Default for DeviceFloors {
+    fn default() -> Self {
+        Self {
+            protocols: Vec::new(),
+            summands_min: 2,
+            clipping_norm_max: 100.0,
+            base_model_bytes_max: 1 << 30,
+            steps_max: 1000,
+        }
+    }
+}
+
+/// Which floor a plan is below.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum FloorError {
+    /// The protocol is not allowed here.
+    #[error("plan refused: aggregation protocol {0:?} is not allowed on this device")]
+    Protocol(AggregationProtocol),
+    /// The sum may be of too few devices.
+    #[error("plan refused: sums of {planned} contributions; this device demands {floor}")]
+    Summands {
+        /// The plan's minimum.
+        planned: u32,
+        /// The device's.
+        floor: u32,
+    },
+    /// The clipping norm is too large.
+    #[error("plan refused: clipping norm {planned}; this device allows {max}")]
+    ClippingNorm {
+        /// The plan's norm.
+        planned: f32,
+        /// The device's.
+        max: f32,
+    },
+    /// The base model is too large.
+    #[error("plan refused: base model {digest} of {bytes} bytes; this device allows {max}", bytes = digest.size)]
+    BaseModel {
+        /// The model.
+        digest: Digest,
+        /// The device's bound.
+        max: u64,
+    },
+    /// Too much work.
+    #[error("plan refused: {planned} optimizer steps; this device allows {max}")]
+    Steps {
+        /// The plan's steps.
+        planned: u32,
+        /// The device's bound.
+        max: u32,
+    },
+}
+
+impl DeviceFloors {
+    /// Holds a plan against the floors.
+    pub fn check(&self, plan: &TaskPlan) -> Result<(), FloorError> {
+        let (aggregation, steps) = (&plan.aggregation, plan.training.steps);
+        if !self.protocols.contains(&aggregation.protocol) {
+            return Err(FloorError::Protocol(aggregation.protocol));
+        }
+        if aggregation.summands_min < self.summands_min {
+            return Err(FloorError::Summands { planned: aggregation.summands_min, floor: self.summands_min });
+        }
+        let (planned, max) = (aggregation.clipping_norm.value(), self.clipping_norm_max);
+        if planned > max {
+            return Err(FloorError::ClippingNorm { planned, max });
+        }
+        if plan.base_model.size > self.base_model_bytes_max {
+            return Err(FloorError::BaseModel { digest: plan.base_model, max: self.base_model_bytes_max });
+        }
+        if steps > self.steps_max {
+            return Err(FloorError::Steps { planned: steps, max: self.steps_max });
+        }
+        Ok(())
+    }
+}

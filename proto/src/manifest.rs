@@ -1,0 +1,92 @@
+//! A release: the model that devices of a population may run.
+
+use crate::{
+    digest::Digest,
+    error::{self, WireError, within},
+    limits::ROUNDS_MAX,
+    name::Name,
+    time::UnixMillis,
+    wire,
+};
+use prost::Message;
+
+/// Base and adapter of one release. They are never merged: a merge into a 4-bit base keeps a
+/// tenth of the update.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReleaseManifest {
+    /// Population it is for.
+    pub population: Name,
+    /// Strictly increasing, from 1.
+    pub version: u64,
+    /// Task that trained it.
+    pub task: Name,
+    /// The quantized base model, a GGUF file.
+    pub base_model: Digest,
+    /// The adapter, a GGUF LoRA file bound to the base.
+    pub adapter: Digest,
+    /// Rounds it was trained for.
+    pub rounds: u32,
+    /// When it was made.
+    pub created: UnixMillis,
+    /// Not to be installed after this time.
+    pub expires: UnixMillis,
+    /// What can be said of the privacy of those who trained it.
+    pub privacy_statement: String,
+}
+
+impl ReleaseManifest {
+    /// Parses bytes whose signature has been verified.
+    pub fn parse(bytes: &[u8]) -> Result<Self, WireError> {
+        let wire: wire::ReleaseManifest = error::decode("ReleaseManifest", bytes)?;
+        Ok(Self {
+            population: Name::parse("manifest.population", &wire.population)?,
+            version: within("manifest.version", wire.version, 1..=u64::MAX)?,
+            task: Name::parse("manifest.task", &wire.task)?,
+            base_model: Digest::parse("manifest.base_model", wire.base_model)?,
+            adapter: Digest::parse("manifest.adapter", wire.adapter)?,
+            rounds: within("manifest.rounds", wire.rounds, 1..=ROUNDS_MAX)?,
+            created: UnixMillis(wire.created_unix_ms),
+            expires: UnixMillis(wire.expires_unix_ms),
+            privacy_statement: wire.privacy_statement,
+        })
+    }
+
+    /// The bytes to sign.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        wire::ReleaseManifest {
+            population: self.population.as_str().into(),
+            version: self.version,
+            task: self.task.as_str().into(),
+            base_model: Some(self.base_model.to_wire()),
+            adapter: Some(self.adapter.to_wire()),
+            rounds: self.rounds,
+            created_unix_ms: self.created.0,
+            expires_unix_ms: self.expires.0,
+            privacy_statement: self.privacy_statement.clone(),
+        }
+        .encode_to_vec()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_inverts_to_bytes_and_refuses_version_zero() {
+        let mut manifest = ReleaseManifest {
+            population: Name::parse("p", "roles").unwrap(),
+            version: 3,
+            task: Name::parse("t", "lora").unwrap(),
+            base_model: Digest::of(b"base"),
+            adapter: Digest::of(b"adapter"),
+            rounds: 16,
+            created: UnixMillis(1),
+            expires: UnixMillis(2),
+            privacy_statement: "none".into(),
+        };
+        assert_eq!(ReleaseManifest::parse(&manifest.to_bytes()).unwrap(), manifest);
+        manifest.version = 0;
+        assert!(ReleaseManifest::parse(&manifest.to_bytes()).is_err());
+    }
+}

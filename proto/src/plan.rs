@@ -1,0 +1,343 @@
+//! A task's plan as typed values: everything a device does for a task, checked once.
+
+use crate::{
+    digest::{Digest, parse_sha256},
+    error::{self, WireError, required, within},
+    limits::*,
+    name::Name,
+    time::UnixMillis,
+    wire::{self, AggregationProtocol},
+};
+use fleetune_privacy::{ClippingNorm, FixedPoint};
+use fleetune_secagg::RingBits;
+use prost::Message;
+
+/// Everything a device does for a task, the same for every device and round.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskPlan {
+    /// Population the plan is for.
+    pub population: Name,
+    /// The task.
+    pub task: Name,
+    /// Base model that the adapter sits on.
+    pub base_model: Digest,
+    /// The adapter's shape.
+    pub adapter: AdapterPlan,
+    /// Local training.
+    pub training: TrainingPlan,
+    /// From the update to the aggregate.
+    pub aggregation: AggregationPlan,
+    /// Rounds the task runs.
+    pub rounds: u32,
+    /// The plan is void after this time.
+    pub expires: UnixMillis,
+}
+
+/// Shape of a LoRA adapter (Hu et al. 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterPlan {
+    /// Rank of both factors.
+    pub rank: u32,
+    /// Scale numerator: the adapter adds `alpha / rank * B A`.
+    pub alpha: f32,
+    /// Adapted projections: of q, k, v, o, gate, up, down; none twice.
+    pub targets: Vec<String>,
+    /// FFA-LoRA: A stays at its seeded start.
+    pub freeze_a: bool,
+    /// Seed of the initial A.
+    pub init_seed: u64,
+    /// SHA-256 of the flat layout.
+    pub layout_sha256: [u8; 32],
+    /// Values in the flat vector.
+    pub dimension: usize,
+}
+
+/// Local training of one round.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainingPlan {
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Sequences a step.
+    pub batch_size: u32,
+    /// Predicted tokens a sequence.
+    pub block_tokens: u32,
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Bound on the gradient's L2 norm a step.
+    pub gradient_clip: Option<f32>,
+    /// The optimizer, fresh every round.
+    pub optimizer: Optimizer,
+    /// Fewest local training examples.
+    pub examples_min: u32,
+}
+
+/// A local optimizer and its constants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Optimizer {
+    /// Loshchilov and Hutter 2019.
+    AdamW {
+        /// Decay of the first moment.
+        beta1: f32,
+        /// Decay of the second moment.
+        beta2: f32,
+        /// Added to the denominator.
+        epsilon: f32,
+        /// Decoupled weight decay.
+        weight_decay: f32,
+    },
+    /// Plain or momentum.
+    Sgd {
+        /// Momentum; zero for none.
+        momentum: f32,
+    },
+}
+
+/// How updates become one sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AggregationPlan {
+    /// Protocol that carries the update.
+    pub protocol: AggregationProtocol,
+    /// L2 bound of an update.
+    pub clipping_norm: ClippingNorm,
+    /// Width of the ring.
+    pub ring_bits: RingBits,
+    /// Most contributions in a sum.
+    pub summands_max: u32,
+    /// Fewest contributions in any sum that the coordinator uses.
+    pub summands_min: u32,
+}
+
+impl AggregationPlan {
+    /// The integer grid of the updates; [`TaskPlan::parse`] has checked that it exists.
+    pub fn fixed_point(&self) -> FixedPoint {
+        FixedPoint::new(self.clipping_norm, self.ring_bits.bits(), self.summands_max)
+            .expect("checked when the plan was parsed")
+    }
+}
+
+const TARGETS: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
+
+impl TaskPlan {
+    /// Parses bytes whose signature has been verified.
+    pub fn parse(bytes: &[u8]) -> Result<Self, WireError> {
+        let wire: wire::TaskPlan = error::decode("TaskPlan", bytes)?;
+        Ok(Self {
+            population: Name::parse("plan.population", &wire.population)?,
+            task: Name::parse("plan.task", &wire.task)?,
+            base_model: Digest::parse("plan.base_model", wire.base_model)?,
+            adapter: parse_adapter(required("plan.adapter", wire.adapter)?)?,
+            training: parse_training(&required("plan.training", wire.training)?)?,
+            aggregation: parse_aggregation(&required("plan.aggregation", wire.aggregation)?)?,
+            rounds: within("plan.rounds", wire.rounds, 1..=ROUNDS_MAX)?,
+            expires: UnixMillis(wire.expires_unix_ms),
+        })
+    }
+
+    /// The bytes to sign.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        wire::TaskPlan {
+            population: self.population.as_str().into(),
+            task: self.task.as_str().into(),
+            base_model: Some(self.base_model.to_wire()),
+            adapter: Some(self.adapter.to_wire()),
+            training: Some(self.training.to_wire()),
+            aggregation: Some(self.aggregation.to_wire()),
+            rounds: self.rounds,
+            expires_unix_ms: self.expires.0,
+        }
+        .encode_to_vec()
+    }
+}
+
+impl AdapterPlan {
+    fn to_wire(&self) -> wire::AdapterPlan {
+        wire::AdapterPlan {
+            rank: self.rank,
+            alpha: self.alpha,
+            targets: self.targets.clone(),
+            freeze_a: self.freeze_a,
+            init_seed: self.init_seed,
+            layout_sha256: self.layout_sha256.to_vec(),
+            dimension: self.dimension as u64,
+        }
+    }
+}
+
+impl TrainingPlan {
+    fn to_wire(&self) -> wire::TrainingPlan {
+        use wire::training_plan::Optimizer as W;
+        let optimizer = match self.optimizer {
+            Optimizer::AdamW { beta1, beta2, epsilon, weight_decay } => {
+                W::Adamw(wire::AdamW { beta1, beta2, epsilon, weight_decay })
+            }
+            Optimizer::Sgd { momentum } => W::Sgd(wire::Sgd { momentum }),
+        };
+        wire::TrainingPlan {
+            steps: self.steps,
+            batch_size: self.batch_size,
+            block_tokens: self.block_tokens,
+            learning_rate: self.learning_rate,
+            gradient_clip: self.gradient_clip.unwrap_or(0.0),
+            optimizer: Some(optimizer),
+            examples_min: self.examples_min,
+        }
+    }
+}
+
+impl AggregationPlan {
+    fn to_wire(self) -> wire::AggregationPlan {
+        wire::AggregationPlan {
+            protocol: self.protocol.into(),
+            clipping_norm: self.clipping_norm.value(),
+            ring_bits: self.ring_bits.bits(),
+            summands_max: self.summands_max,
+            summands_min: self.summands_min,
+        }
+    }
+}
+
+fn parse_adapter(wire: wire::AdapterPlan) -> Result<AdapterPlan, WireError> {
+    let dimension = within("plan.adapter.dimension", wire.dimension, 1..=DIMENSION_MAX)?;
+    let known = |target: &String| TARGETS.contains(&target.as_str());
+    let repeated = (1..wire.targets.len()).any(|i| wire.targets[..i].contains(&wire.targets[i]));
+    if wire.targets.is_empty() || repeated || !wire.targets.iter().all(known) {
+        let problem = format!("{:?}; some of {TARGETS:?}, none twice", wire.targets);
+        return Err(WireError::invalid("plan.adapter.targets", problem));
+    }
+    Ok(AdapterPlan {
+        rank: within("plan.adapter.rank", wire.rank, 1..=RANK_MAX)?,
+        alpha: finite("plan.adapter.alpha", wire.alpha, 1e-6, 1e6)?,
+        targets: wire.targets,
+        freeze_a: wire.freeze_a,
+        init_seed: wire.init_seed,
+        layout_sha256: parse_sha256("plan.adapter.layout_sha256", &wire.layout_sha256)?,
+        dimension: usize::try_from(dimension).map_err(|_| WireError::invalid("plan.adapter.dimension", "too large"))?,
+    })
+}
+
+fn parse_training(wire: &wire::TrainingPlan) -> Result<TrainingPlan, WireError> {
+    let clip = finite("plan.training.gradient_clip", wire.gradient_clip, 0.0, 1e6)?;
+    Ok(TrainingPlan {
+        steps: within("plan.training.steps", wire.steps, 1..=STEPS_MAX)?,
+        batch_size: within("plan.training.batch_size", wire.batch_size, 1..=BATCH_SIZE_MAX)?,
+        block_tokens: within("plan.training.block_tokens", wire.block_tokens, 1..=BLOCK_TOKENS_MAX)?,
+        learning_rate: finite("plan.training.learning_rate", wire.learning_rate, 0.0, 1e3)?,
+        gradient_clip: (clip > 0.0).then_some(clip),
+        optimizer: parse_optimizer(required("plan.training.optimizer", wire.optimizer)?)?,
+        examples_min: wire.examples_min,
+    })
+}
+
+fn parse_optimizer(wire: wire::training_plan::Optimizer) -> Result<Optimizer, WireError> {
+    use wire::training_plan::Optimizer as W;
+    match wire {
+        W::Adamw(w) => Ok(Optimizer::AdamW {
+            beta1: finite("plan.training.adamw.beta1", w.beta1, 0.0, 0.999_999)?,
+            beta2: finite("plan.training.adamw.beta2", w.beta2, 0.0, 0.999_999)?,
+            epsilon: finite("plan.training.adamw.epsilon", w.epsilon, 1e-20, 1.0)?,
+            weight_decay: finite("plan.training.adamw.weight_decay", w.weight_decay, 0.0, 100.0)?,
+        }),
+        W::Sgd(w) => Ok(Optimizer::Sgd { momentum: finite("plan.training.sgd.momentum", w.momentum, 0.0, 0.999_999)? }),
+    }
+}
+
+fn parse_aggregation(wire: &wire::AggregationPlan) -> Result<AggregationPlan, WireError> {
+    let invalid = |field, error: &dyn std::fmt::Display| WireError::invalid(field, error.to_string());
+    let summands_max = within("plan.aggregation.summands_max", wire.summands_max, 1..=COHORT_MAX)?;
+    let plan = AggregationPlan {
+        protocol: parse_protocol("plan.aggregation.protocol", wire.protocol)?,
+        clipping_norm: ClippingNorm::new(wire.clipping_norm)
+            .map_err(|e| invalid("plan.aggregation.clipping_norm", &e))?,
+        ring_bits: RingBits::new(wire.ring_bits).map_err(|e| invalid("plan.aggregation.ring_bits", &e))?,
+        summands_max,
+        summands_min: within("plan.aggregation.summands_min", wire.summands_min, 1..=summands_max)?,
+    };
+    FixedPoint::new(plan.clipping_norm, plan.ring_bits.bits(), summands_max)
+        .map_err(|e| invalid("plan.aggregation.ring_bits", &e))?;
+    Ok(plan)
+}
+
+pub(crate) fn parse_protocol(field: &'static str, value: i32) -> Result<AggregationProtocol, WireError> {
+    match AggregationProtocol::try_from(value) {
+        Ok(protocol @ AggregationProtocol::InsecurePlaintext) => Ok(protocol),
+        Ok(AggregationProtocol::Unspecified) | Err(_) => {
+            Err(WireError::invalid(field, format!("unknown aggregation protocol {value}")))
+        }
+    }
+}
+
+fn finite(field: &'static str, value: f32, min: f32, max: f32) -> Result<f32, WireError> {
+    if value.is_finite() { within(field, value, min..=max) } else { Err(WireError::invalid(field, value.to_string())) }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn plan() -> TaskPlan {
+        TaskPlan {
+            population: Name::parse("p", "roles").unwrap(),
+            task: Name::parse("t", "lora").unwrap(),
+            base_model: Digest::of(b"base"),
+            adapter: AdapterPlan {
+                rank: 8,
+                alpha: 16.0,
+                targets: vec!["q".into(), "v".into()],
+                freeze_a: false,
+                init_seed: 7,
+                layout_sha256: [3; 32],
+                dimension: 4,
+            },
+            training: TrainingPlan {
+                steps: 4,
+                batch_size: 2,
+                block_tokens: 64,
+                learning_rate: 1e-3,
+                gradient_clip: Some(1.0),
+                optimizer: Optimizer::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 },
+                examples_min: 1,
+            },
+            aggregation: AggregationPlan {
+                protocol: AggregationProtocol::InsecurePlaintext,
+                clipping_norm: ClippingNorm::new(10.0).unwrap(),
+                ring_bits: RingBits::new(32).unwrap(),
+                summands_max: 16,
+                summands_min: 2,
+            },
+            rounds: 3,
+            expires: UnixMillis(1_000_000),
+        }
+    }
+
+    #[test]
+    fn parse_inverts_to_bytes() {
+        assert_eq!(TaskPlan::parse(&plan().to_bytes()).unwrap(), plan());
+    }
+
+    #[test]
+    fn names_the_field_that_is_wrong() {
+        let check = |spoil: &dyn Fn(&mut TaskPlan), expected: &str| {
+            let mut bad = plan();
+            spoil(&mut bad);
+            let error = TaskPlan::parse(&bad.to_bytes()).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        };
+        check(&|p| p.training.steps = 0, "plan.training.steps: 0");
+        check(&|p| p.training.learning_rate = f32::NAN, "plan.training.learning_rate: NaN");
+        check(&|p| p.adapter.targets = vec!["q".into(), "q".into()], "plan.adapter.targets");
+        check(&|p| p.adapter.targets = vec!["head".into()], "plan.adapter.targets");
+        check(&|p| p.adapter.dimension = 0, "plan.adapter.dimension: 0");
+        check(&|p| p.aggregation.summands_min = 17, "plan.aggregation.summands_min: 17");
+        check(&|p| p.aggregation.ring_bits = RingBits::new(9).unwrap(), "plan.aggregation.ring_bits");
+        check(&|p| p.aggregation.protocol = AggregationProtocol::Unspecified, "plan.aggregation.protocol");
+        check(&|p| p.rounds = 0, "plan.rounds: 0");
+    }
+
+    #[test]
+    fn truncated_bytes_never_panic() {
+        let bytes = plan().to_bytes();
+        for end in 0..bytes.len() {
+            let _ = TaskPlan::parse(&bytes[..end]);
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! One attempt at one round, as a value: who joined, who contributed, and the running sum.
+//!
+//! The phases go selecting -> collecting -> finished or failed. Secure aggregation's steps take
+//! their place between selecting and collecting, and between collecting and finished; the
+//! plaintext protocol needs neither, so its contributions may arrive while others still join.
+//! The caller maps sessions to [`Participant`]s, moves the bytes, and calls
+//! [`Round::handle_timeout`] at [`Round::poll_timeout`].
+
+use crate::{digest::Digest, name::Name, plan::AggregationPlan, time::UnixMillis};
+use fleetune_secagg::{RingError, RingVector, RunningSum};
+use thiserror::Error;
+
+/// Which attempt at which round of which task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoundId {
+    /// The task.
+    pub task: Name,
+    /// Round, from 0.
+    pub round: u32,
+    /// Attempt, from 0.
+    pub attempt: u32,
+}
+
+/// How a round selects and how long it waits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RoundPolicy {
+    /// Contributions at which the round is finished at once.
+    pub report_goal: u32,
+    /// Devices selected: the goal and what is expected to be lost. At least the goal.
+    pub selected_max: u32,
+    /// Contributions with which a round may still finish at its deadline.
+    pub reports_min: u32,
+    /// Time devices may join.
+    pub selection_ms: u64,
+    /// Time from the first join until the last contribution.
+    pub report_ms: u64,
+}
+
+/// A device's place in one round, meaningless outside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Participant(u32);
+
+/// Where the round stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Devices may join.
+    Selecting,
+    /// Contributions are awaited; nobody joins any more.
+    Collecting,
+    /// The sum is there.
+    Finished,
+    /// There is no sum and none will come.
+    Failed(RoundFailure),
+}
+
+/// Why a round failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RoundFailure {
+    /// Too few devices joined in time.
+    #[error("{joined} devices joined in time, {needed} needed")]
+    Selection {
+        /// Devices that joined.
+        joined: u32,
+        /// Devices needed.
+        needed: u32,
+    },
+    /// Too few contributions arrived in time.
+    #[error("{contributed} contributions arrived in time, {needed} needed")]
+    Reports {
+        /// Contributions that arrived.
+        contributed: u32,
+        /// Contributions needed.
+        needed: u32,
+    },
+}
+
+/// What became of a contribution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contribution {
+    /// It is in the sum now.
+    Added,
+    /// The same bytes were in the sum already.
+    Repeated,
+    /// The round had ended without it.
+    TooLate,
+}
+
+/// Why a contribution is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ContributionError {
+    /// The device delivered other bytes before; counting both would count it twice.
+    #[error("another contribution of this session is in the sum already")]
+    OtherBytes,
+    /// The vector does not belong to this sum.
+    #[error("contribution: {0}")]
+    Vector(#[from] RingError),
+}
+
+/// Numbers of a round for records and progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoundCounts {
+    /// Devices that joined.
+    pub selected: u32,
+    /// Contributions in the sum.
+    pub completed: u32,
+    /// Devices that said they will not contribute.
+    pub withdrawn: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Joined,
+    Contributed(Digest),
+    Withdrawn,
+}
+
+/// One attempt at one round.
+#[derive(Debug)]
+pub struct Round {
+    id: RoundId,
+    policy: RoundPolicy,
+    phase: Phase,
+    opened: UnixMillis,
+    first_join: Option<UnixMillis>,
+    participants: Vec<Progress>,
+    sum: RunningSum,
+}
+
+impl Round {
+    /// Opens an attempt; `dimension` is the adapter's length.
+    pub fn open(id: RoundId, policy: RoundPolicy, plan: &AggregationPlan, dimension: usize, now: UnixMillis) -> Self {
+        assert!(policy.selected_max >= policy.report_goal, "a round selects at least its goal");
+        assert!(policy.report_goal >= policy.reports_min, "the goal is at least the minimum");
+        assert!(policy.reports_min >= plan.summands_min, "the plan's minimum binds the round");
+        assert!(policy.report_goal <= plan.summands_max, "the sum has room for the goal");
+        let sum = RunningSum::new(plan.ring_bits, dimension);
+        Self { id, policy, phase: Phase::Selecting, opened: now, first_join: None, participants: Vec::new(), sum }
+    }
+
+    /// A device asks for a place; none when nobody joins any more.
+    pub fn handle_join(&mut self, now: UnixMillis) -> Option<Participant> {
+        self.handle_timeout(now);
+        if self.phase != Phase::Selecting {
+            return None;
+        }
+        self.first_join.get_or_insert(now);
+        let participant = Participant(u32::try_from(self.participants.len()).expect("selected_max is a u32"));
+        self.participants.push(Progress::Joined);
+        if self.selected() >= self.policy.selected_max {
+            self.phase = Phase::Collecting;
+        }
+        Some(participant)
+    }
+
+    /// A device's vector arrived whole. `digest` names its bytes.
+    pub fn handle_contribution(
+        &mut self,
+        participant: Participant,
+        digest: Digest,
+        vector: &RingVector,
+        now: UnixMillis,
+    ) -> Result<Contribution, ContributionError> {
+        if let Some(before) = self.contributed(participant) {
+            return if before == digest { Ok(Contribution::Repeated) } else { Err(ContributionError::OtherBytes) };
+        }
+        self.handle_timeout(now);
+        if self.is_over() {
+            return Ok(Contribution::TooLate);
+        }
+        self.sum.add(vector)?;
+        self.participants[participant.0 as usize] = Progress::Contributed(digest);
+        self.settle();
+        Ok(Contribution::Added)
+    }
+
+    /// A device says that it will not contribute.
+    pub fn handle_withdrawal(&mut self, participant: Participant, now: UnixMillis) {
+        self.handle_timeout(now);
+        let progress = &mut self.participants[participant.0 as usize];
+        if *progress == Progress::Joined {
+            *progress = Progress::Withdrawn;
+        }
+        self.settle();
+    }
+
+    /// Lets deadlines take effect.
+    pub fn handle_timeout(&mut self, now: UnixMillis) {
+        if self.phase == Phase::Selecting && now >= self.selection_deadline() {
+            self.close_selection();
+        }
+        if !self.is_over() && self.report_deadline().is_some_and(|deadline| now >= deadline) {
+            self.close_reports();
+        }
+    }
+
+    /// The next deadline and its name.
+    pub fn poll_timeout(&self) -> Option<(UnixMillis, &'static str)> {
+        match self.phase {
+            Phase::Selecting => {
+                let selection = (self.selection_deadline(), "selection deadline");
+                let report = self.report_deadline().map(|at| (at, "report deadline"));
+                Some(report.filter(|report| report.0 < selection.0).unwrap_or(selection))
+            }
+            Phase::Collecting => self.report_deadline().map(|at| (at, "report deadline")),
+            Phase::Finished | Phase::Failed(_) => None,
+        }
+    }
+
+    /// Which attempt this is.
+    pub fn id(&self) -> &RoundId {
+        &self.id
+    }
+
+    /// Where the round stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// When contributions end, once a device has joined.
+    pub fn report_deadline(&self) -> Option<UnixMillis> {
+        self.first_join.map(|first| first.plus(self.policy.report_ms))
+    }
+
+    /// The numbers so far.
+    pub fn counts(&self) -> RoundCounts {
+        let withdrawn = self.participants.iter().filter(|p| **p == Progress::Withdrawn).count();
+        RoundCounts {
+            selected: self.selected(),
+            completed: self.sum.contributions(),
+            withdrawn: u32::try_from(withdrawn).expect("at most selected_max"),
+        }
+    }
+
+    /// The sum, only of a finished round: fewer contributions than the minimum never open.
+    pub fn sum(&self) -> Option<&RunningSum> {
+        (self.phase == Phase::Finished).then_some(&self.sum)
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Finished | Phase::Failed(_))
+    }
+
+    fn selected(&self) -> u32 {
+        u32::try_from(self.participants.len()).expect("at most selected_max")
+    }
+
+    fn contributed(&self, participant: Participant) -> Option<Digest> {
+        match self.participants[participant.0 as usize] {
+            Progress::Contributed(digest) => Some(digest),
+            Progress::Joined | Progress::Withdrawn => None,
+        }
+    }
+
+    fn selection_deadline(&self) -> UnixMillis {
+        self.opened.plus(self.policy.selection_ms)
+    }
+
+    fn close_selection(&mut self) {
+        let (joined, needed) = (self.selected(), self.policy.reports_min);
+        self.phase = if joined >= needed {
+            Phase::Collecting
+        } else {
+            Phase::Failed(RoundFailure::Selection { joined, needed })
+        };
+        self.settle();
+    }
+
+    fn close_reports(&mut self) {
+        let (contributed, needed) = (self.sum.contributions(), self.policy.reports_min);
+        self.phase = if contributed >= needed {
+            Phase::Finished
+        } else {
+            Phase::Failed(RoundFailure::Reports { contributed, needed })
+        };
+    }
+
+    /// Ends the round when nothing more can change: the goal is met, or nobody is awaited.
+    fn settle(&mut self) {
+        if self.is_over() {
+            return;
+        }
+        let awaited = self.participants.contains(&Progress::Joined);
+        if self.sum.contributions() >= self.policy.report_goal {
+            self.phase = Phase::Finished;
+        } else if self.phase == Phase::Collecting && !awaited {
+            self.close_reports();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::plan;
+    use fleetune_secagg::RingBits;
+
+    const POLICY: RoundPolicy =
+        RoundPolicy { report_goal: 3, selected_max: 4, reports_min: 2, selection_ms: 100, report_ms: 1000 };
+
+    fn round() -> Round {
+        let id = RoundId { task: Name::parse("t", "lora").unwrap(), round: 0, attempt: 0 };
+        Round::open(id, POLICY, &plan().aggregation, 2, UnixMillis(0))
+    }
+
+    fn vector(value: i32) -> RingVector {
+        RingVector::from_signed(RingBits::new(32).unwrap(), &[value, -value])
+    }
+
+    fn contribute(round: &mut Round, who: Participant, value: i32, now: u64) -> Contribution {
+        let digest = Digest::of(&value.to_le_bytes());
+        round.handle_contribution(who, digest, &vector(value), UnixMillis(now)).unwrap()
+    }
+
+    #[test]
+    fn finishes_at_its_goal_and_turns_the_rest_away() {
+        let mut round = round();
+        let who: Vec<_> = (0..4).map(|i| round.handle_join(UnixMillis(i)).unwrap()).collect();
+        assert_eq!((round.phase(), round.handle_join(UnixMillis(5))), (Phase::Collecting, None));
+        for (i, who) in who[..3].iter().enumerate() {
+            assert_eq!(contribute(&mut round, *who, i32::try_from(i).unwrap() + 1, 10), Contribution::Added);
+        }
+        assert_eq!(round.phase(), Phase::Finished);
+        assert_eq!(round.sum().unwrap().sum().to_signed(), [6, -6]);
+        assert_eq!(contribute(&mut round, who[3], 9, 20), Contribution::TooLate);
+        assert_eq!(round.counts(), RoundCounts { selected: 4, completed: 3, withdrawn: 0 });
+    }
+
+    #[test]
+    fn nobody_counts_twice() {
+        let mut round = round();
+        let who = round.handle_join(UnixMillis(0)).unwrap();
+        assert_eq!(contribute(&mut round, who, 5, 1), Contribution::Added);
+        assert_eq!(contribute(&mut round, who, 5, 2), Contribution::Repeated);
+        let other = round.handle_contribution(who, Digest::of(b"other"), &vector(7), UnixMillis(3));
+        assert_eq!(other, Err(ContributionError::OtherBytes));
+        assert_eq!(round.counts().completed, 1);
+    }
+
+    #[test]
+    fn a_wrong_vector_leaves_the_sum_and_the_place_alone() {
+        let mut round = round();
+        let who = round.handle_join(UnixMillis(0)).unwrap();
+        let long = RingVector::zeros(RingBits::new(32).unwrap(), 3);
+        let error = round.handle_contribution(who, Digest::of(b"long"), &long, UnixMillis(1)).unwrap_err();
+        assert_eq!(error.to_string(), "contribution: vector of 3 values where 2 were expected");
+        assert_eq!(contribute(&mut round, who, 5, 2), Contribution::Added);
+    }
+
+    #[test]
+    fn dropouts_cost_a_round_its_deadline_but_not_its_sum() {
+        let mut round = round();
+        let who: Vec<_> = (0..4).map(|_| round.handle_join(UnixMillis(50)).unwrap()).collect();
+        contribute(&mut round, who[0], 1, 60);
+        contribute(&mut round, who[1], 2, 60);
+        assert_eq!(round.poll_timeout(), Some((UnixMillis(1050), "report deadline")));
+        round.handle_timeout(UnixMillis(1050));
+        assert_eq!((round.phase(), round.counts().completed), (Phase::Finished, 2));
+    }
+
+    #[test]
+    fn withdrawals_end_the_wait_early() {
+        let mut round = round();
+        let who: Vec<_> = (0..4).map(|_| round.handle_join(UnixMillis(0)).unwrap()).collect();
+        contribute(&mut round, who[0], 1, 10);
+        contribute(&mut round, who[1], 2, 10);
+        round.handle_withdrawal(who[2], UnixMillis(20));
+        assert_eq!(round.phase(), Phase::Collecting);
+        round.handle_withdrawal(who[3], UnixMillis(20));
+        assert_eq!(round.phase(), Phase::Finished);
+    }
+
+    #[test]
+    fn too_few_never_open() {
+        let mut alone = round();
+        alone.handle_join(UnixMillis(0)).unwrap();
+        alone.handle_timeout(UnixMillis(100));
+        assert_eq!(alone.phase(), Phase::Failed(RoundFailure::Selection { joined: 1, needed: 2 }));
+        let mut silent = round();
+        let who: Vec<_> = (0..4).map(|_| silent.handle_join(UnixMillis(0)).unwrap()).collect();
+        contribute(&mut silent, who[0], 1, 10);
+        silent.handle_timeout(UnixMillis(1000));
+        assert_eq!(silent.phase(), Phase::Failed(RoundFailure::Reports { contributed: 1, needed: 2 }));
+        assert!(silent.sum().is_none());
+    }
+}
