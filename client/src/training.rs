@@ -1,0 +1,182 @@
+//! Local training as a device does it: from a verified order, a checkpoint and blocks to one raw update.
+//!
+//! Knows no file, clock or network. The simulator trains with this type too, so its updates are the
+//! devices', byte for byte. Clipping and encoding come after it, in the protocol's device machine.
+
+use std::sync::Arc;
+
+use fleetune_model::adapter::{Adapter, AdapterLayout, LoraConfig};
+use fleetune_model::base::BaseModel;
+use fleetune_model::config::Projection;
+use fleetune_model::optim::AdamWConfig;
+use fleetune_model::train::{
+    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions, fine_tune,
+};
+use fleetune_proto::device::{TrainOrder, TrainingFailure};
+use fleetune_proto::{AdapterPlan, Optimizer, TaskPlan, TrainingPlan};
+use sha2::{Digest, Sha256};
+
+/// What one local training gives: the update that leaves the device only clipped and encoded, and
+/// figures that stay.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LocalUpdate {
+    /// Final minus initial adapter values, in the order of the plan's layout.
+    pub delta: Vec<f32>,
+    /// How training went. Derived from private data.
+    pub summary: TrainSummary,
+}
+
+/// Trains adapters of one plan over one base; one thread, a result that follows from the inputs alone.
+#[derive(Debug)]
+pub struct LocalTrainer {
+    layout: Arc<AdapterLayout>,
+    training: LocalTraining,
+    examples_min: usize,
+    trainer: LoraTrainer,
+}
+
+impl LocalTrainer {
+    /// A trainer for the plan's adapter over `base`.
+    ///
+    /// # Errors
+    /// [`TrainingFailure::PlanRejected`] when the base is not the plan's, or the adapter's layout, its
+    /// dimension or the block length is not what the plan says it is.
+    pub fn new(base: Arc<BaseModel>, plan: &TaskPlan) -> Result<Self, TrainingFailure> {
+        Self::with_options(base, plan, TrainerOptions::default())
+    }
+
+    /// [`LocalTrainer::new`] with a choice between time and memory; the update is the same bytes.
+    ///
+    /// # Errors
+    /// As [`LocalTrainer::new`].
+    pub fn with_options(
+        base: Arc<BaseModel>,
+        plan: &TaskPlan,
+        options: TrainerOptions,
+    ) -> Result<Self, TrainingFailure> {
+        check_base(&base, plan)?;
+        let layout = planned_layout(&base, &plan.adapter)?;
+        let trainer = LoraTrainer::new(base, Arc::clone(&layout), options).map_err(|e| rejected(&e))?;
+        let examples_min = plan.training.examples_min.max(1) as usize;
+        Ok(Self { layout, training: local_training(&plan.training), examples_min, trainer })
+    }
+
+    /// Trains from `checkpoint` (the adapter's checkpoint bytes) on `blocks` of token ids. `should_stop` is
+    /// asked before every optimizer step.
+    ///
+    /// # Errors
+    /// [`TrainingFailure::PlanRejected`] for a checkpoint of another layout, `InsufficientData` for fewer
+    /// blocks than the plan wants, `Interrupted` when asked to stop, `Failed` when training diverges.
+    pub fn run(
+        &mut self,
+        order: &TrainOrder,
+        checkpoint: &[u8],
+        blocks: &[Vec<u32>],
+        device_seed: &[u8; 32],
+        should_stop: &mut dyn FnMut() -> bool,
+    ) -> Result<LocalUpdate, TrainingFailure> {
+        if blocks.len() < self.examples_min {
+            return Err(TrainingFailure::InsufficientData { held: blocks.len(), needed: self.examples_min });
+        }
+        let start = Adapter::from_checkpoint_bytes(Arc::clone(&self.layout), checkpoint).map_err(|e| rejected(&e))?;
+        let mut values = start.values.clone();
+        let seed = batch_seed(device_seed, order);
+        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &self.training, seed, should_stop)
+            .map_err(|error| self.failure(&error))?;
+        values.iter_mut().zip(&start.values).for_each(|(value, start)| *value -= start);
+        Ok(LocalUpdate { delta: values, summary })
+    }
+
+    /// The adapter's layout.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<AdapterLayout> {
+        &self.layout
+    }
+
+    fn failure(&self, error: &TrainError) -> TrainingFailure {
+        match error {
+            TrainError::Cancelled { .. } => TrainingFailure::Interrupted(error.to_string()),
+            TrainError::NoData => TrainingFailure::InsufficientData { held: 0, needed: self.examples_min },
+            TrainError::Plan { .. } => rejected(error),
+            TrainError::Input(_) | TrainError::NonFinite { .. } => TrainingFailure::Failed(error.to_string()),
+        }
+    }
+}
+
+/// The plan's LoRA settings.
+///
+/// # Errors
+/// [`TrainingFailure::PlanRejected`] for a projection this build does not know.
+pub fn lora_config(plan: &AdapterPlan) -> Result<LoraConfig, TrainingFailure> {
+    let target = |name: &String| {
+        let unknown = || TrainingFailure::PlanRejected(format!("unknown projection {name:?}"));
+        Projection::from_name(name).ok_or_else(unknown)
+    };
+    Ok(LoraConfig {
+        rank: plan.rank as usize,
+        alpha: plan.alpha,
+        targets: plan.targets.iter().map(target).collect::<Result<_, _>>()?,
+        freeze_a: plan.freeze_a,
+        init_seed: plan.init_seed,
+    })
+}
+
+/// The plan's local training: a constant learning rate, for the server's rounds are the schedule.
+#[must_use]
+pub fn local_training(plan: &TrainingPlan) -> LocalTraining {
+    let optimizer = match plan.optimizer {
+        Optimizer::AdamW { beta1, beta2, epsilon, weight_decay } => {
+            OptimizerConfig::AdamW(AdamWConfig { beta1, beta2, eps: epsilon, weight_decay })
+        }
+        Optimizer::Sgd { momentum } => OptimizerConfig::Sgd { momentum },
+    };
+    LocalTraining {
+        steps: plan.steps,
+        batch_size: plan.batch_size as usize,
+        block_tokens: plan.block_tokens as usize,
+        optimizer,
+        learning_rate: plan.learning_rate,
+        gradient_clip: plan.gradient_clip,
+        schedule: Schedule::Constant,
+    }
+}
+
+/// Seed of the batch order: one device draws other batches each round, and the same ones when it must
+/// repeat an attempt.
+fn batch_seed(device_seed: &[u8; 32], order: &TrainOrder) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update(b"fleetune local training\0");
+    hash.update(device_seed);
+    hash.update(order.plan.task.as_str());
+    hash.update(order.round.to_le_bytes());
+    let digest: [u8; 32] = hash.finalize().into();
+    u64::from_le_bytes(std::array::from_fn(|i| digest[i]))
+}
+
+fn check_base(base: &BaseModel, plan: &TaskPlan) -> Result<(), TrainingFailure> {
+    if base.sha256 != plan.base_model.sha256 {
+        let found = hex::encode(base.sha256);
+        return Err(TrainingFailure::PlanRejected(format!("for base {}, this one is {found}", plan.base_model)));
+    }
+    let (planned, context) = (plan.training.block_tokens as usize, base.config.context_length);
+    if planned > context {
+        return Err(TrainingFailure::PlanRejected(format!("blocks of {planned} tokens, a context of {context}")));
+    }
+    Ok(())
+}
+
+fn planned_layout(base: &BaseModel, plan: &AdapterPlan) -> Result<Arc<AdapterLayout>, TrainingFailure> {
+    let layout = AdapterLayout::new(&base.config, &lora_config(plan)?).map_err(|e| rejected(&e))?;
+    if layout.len() != plan.dimension {
+        let problem = format!("an adapter of {} values, its layout has {}", plan.dimension, layout.len());
+        return Err(TrainingFailure::PlanRejected(problem));
+    }
+    if layout.sha256() != plan.layout_sha256 {
+        return Err(TrainingFailure::PlanRejected("the adapter's layout has another hash here".to_owned()));
+    }
+    Ok(Arc::new(layout))
+}
+
+fn rejected(error: &dyn std::error::Error) -> TrainingFailure {
+    TrainingFailure::PlanRejected(error.to_string())
+}
