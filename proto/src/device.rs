@@ -102,6 +102,7 @@ pub struct Device {
     not_before: UnixMillis,
     policy: Option<(Vec<u8>, PopulationPolicy)>,
     chosen: Option<Vec<Name>>,
+    policies_in_a_row: u32,
     return_at: UnixMillis,
     release: Option<ReleaseManifest>,
     events: Vec<Event>,
@@ -120,6 +121,7 @@ impl Device {
             not_before: now,
             policy: None,
             chosen: None,
+            policies_in_a_row: 0,
             return_at: now,
             release: None,
             events: Vec::new(),
@@ -131,6 +133,7 @@ impl Device {
         if self.in_flight || now < self.not_before {
             return None;
         }
+        self.leave_late_session(now);
         if let State::Idle(until) = self.state {
             if now < until {
                 return None;
@@ -282,7 +285,16 @@ impl Device {
         }
     }
 
+    /// What arrives after the deadline is refused anyway, so nothing is repeated for ever.
+    fn leave_late_session(&mut self, now: UnixMillis) {
+        if matches!(&self.state, State::InSession(session) if session.is_late(now)) {
+            self.events.push(Event::Ended("the round's deadline is over".into()));
+            self.rest(now);
+        }
+    }
+
     fn wake(&mut self) {
+        self.policies_in_a_row = 0;
         self.state = match (self.release.take(), &self.policy) {
             (Some(manifest), _) => {
                 let digest = manifest.base_model;
@@ -311,9 +323,9 @@ impl Device {
     }
 
     fn handle_check_in(&mut self, answer: wire::CheckInResponse, now: UnixMillis) {
-        self.chosen = None;
+        let named = self.chosen.take().unwrap_or_default();
         self.return_at = self.draw_return(answer.retry_window.unwrap_or_default(), now);
-        let outcome = self.take_offer(answer, now).unwrap_or_else(|refusal| {
+        let outcome = self.take_offer(answer, &named, now).unwrap_or_else(|refusal| {
             self.events.push(Event::Refused(refusal));
             None
         });
@@ -324,7 +336,12 @@ impl Device {
     }
 
     /// Reads a check-in's answer: the next state, or none when there is nothing to do.
-    fn take_offer(&mut self, answer: wire::CheckInResponse, now: UnixMillis) -> Result<Option<State>, String> {
+    fn take_offer(
+        &mut self,
+        answer: wire::CheckInResponse,
+        named: &[Name],
+        now: UnixMillis,
+    ) -> Result<Option<State>, String> {
         use wire::check_in_response::Outcome;
         if let Some(resource) = answer.release_manifest
             && let Err(refusal) = self.take_release(&resource, now)
@@ -333,7 +350,7 @@ impl Device {
         }
         match answer.outcome {
             Some(Outcome::Policy(resource)) => self.take_policy(&resource).map(Some),
-            Some(Outcome::Assignment(assignment)) => self.take_assignment(assignment, now).map(Some),
+            Some(Outcome::Assignment(assignment)) => Ok(Some(self.take_assignment(assignment, named, now))),
             Some(Outcome::NoAssignment(_)) => {
                 self.events.push(Event::NoWork);
                 Ok(None)
@@ -348,26 +365,30 @@ impl Device {
         if self.policy.as_ref().is_some_and(|(held, _)| *held == sha256) {
             return Err("check_in.policy: the coordinator sent the policy that this device named".into());
         }
+        if self.policies_in_a_row >= POLICIES_IN_A_ROW_MAX {
+            return Err(format!("check_in.policy: more than {POLICIES_IN_A_ROW_MAX} policies in a row"));
+        }
         let bytes = self.setup.trust_root.open(Purpose::Policy, envelope).map_err(|e| e.to_string())?;
         let policy = PopulationPolicy::parse(&bytes).map_err(|e| e.to_string())?;
         if policy.population != self.setup.population {
             return Err(format!("check_in.policy: for population {}", policy.population));
         }
         self.policy = Some((sha256, policy.clone()));
+        self.policies_in_a_row += 1;
         Ok(State::Choosing(policy))
     }
 
-    fn take_assignment(&mut self, assignment: wire::TaskAssignment, now: UnixMillis) -> Result<State, String> {
+    fn take_assignment(&mut self, assignment: wire::TaskAssignment, named: &[Name], now: UnixMillis) -> State {
         let token = assignment.session_token.clone();
-        match Session::accept(assignment, &self.setup, now) {
+        match Session::accept(assignment, named, &self.setup, now) {
             Ok(session) => {
                 let (task, round) = (session.task().clone(), session.round());
                 self.events.push(Event::Selected { task, round });
-                Ok(State::InSession(Box::new(session)))
+                State::InSession(Box::new(session))
             }
             Err(refusal) => {
                 self.events.push(Event::Refused(refusal));
-                Ok(report_task(token, TaskResult::PlanRejected))
+                report_task(token, TaskResult::PlanRejected)
             }
         }
     }
@@ -437,7 +458,7 @@ impl Device {
     }
 
     fn draw_return(&mut self, window: wire::RetryWindow, now: UnixMillis) -> UnixMillis {
-        let min = window.delay_min_ms.min(RETRY_DELAY_MS_MAX);
+        let min = window.delay_min_ms.clamp(RETRY_DELAY_MS_MIN, RETRY_DELAY_MS_MAX);
         let max = window.delay_max_ms.clamp(min, RETRY_DELAY_MS_MAX);
         now.plus(self.rng.random_range(min..=max))
     }
@@ -462,3 +483,6 @@ fn inline<'a>(field: &'static str, resource: &'a wire::Resource) -> Result<&'a [
         None => Err(WireError::Missing(field)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,6 +26,13 @@ pub const ROUNDS_MAX: u32 = 1_000_000;
 pub const COHORT_MAX: u32 = 1 << 16;
 /// Longest time a device waits before it calls again, whatever the coordinator says: a day.
 pub const RETRY_DELAY_MS_MAX: u64 = 24 * 3600 * 1000;
+/// Shortest time between two check-ins: an answer without a window must not make a device spin.
+pub const RETRY_DELAY_MS_MIN: u64 = 100;
+/// Policies a device reads before it goes to rest: a coordinator that keeps changing its mind, or
+/// replicas that disagree, must not keep it awake.
+pub const POLICIES_IN_A_ROW_MAX: u32 = 4;
+/// What a checkpoint file may hold beside its values.
+pub const CHECKPOINT_HEADER_BYTES_MAX: u64 = 64 << 10;
 /// Calls of one step that may fail before the device gives the session up.
 pub const CALL_ATTEMPTS_MAX: u32 = 8;
 /// First delay after a failed call; doubles each time.

@@ -4,7 +4,7 @@ use super::{Action, DeviceSetup, Request, Response, TrainOrder, inline};
 use crate::{
     digest::Digest,
     error::within,
-    limits::{INLINE_BYTES_MAX, ROUNDS_MAX},
+    limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, INLINE_BYTES_MAX, RETRY_DELAY_MS_MAX, ROUNDS_MAX},
     name::Name,
     plan::TaskPlan,
     sign::Purpose,
@@ -33,13 +33,16 @@ pub(super) enum Step {
 pub(super) struct Session {
     token: Vec<u8>,
     order: TrainOrder,
+    deadline: UnixMillis,
     stage: Stage,
 }
 
 impl Session {
-    /// Verifies an assignment and its plan; the error says what is wrong.
+    /// Verifies an assignment and its plan against the tasks the device has named; the error says
+    /// what is wrong.
     pub(super) fn accept(
         assignment: wire::TaskAssignment,
+        named: &[Name],
         setup: &DeviceSetup,
         now: UnixMillis,
     ) -> Result<Self, String> {
@@ -48,9 +51,17 @@ impl Session {
         if plan.task.as_str() != assignment.task {
             return Err(format!("plan refused: it is for task {}, not {:?}", plan.task, assignment.task));
         }
+        if !named.contains(&plan.task) {
+            return Err(format!("assignment refused: this device has not named task {}", plan.task));
+        }
+        let (bytes, bytes_max) = (checkpoint.size, plan.adapter.dimension as u64 * 4 + CHECKPOINT_HEADER_BYTES_MAX);
+        if bytes > bytes_max {
+            return Err(format!("assignment refused: checkpoint of {bytes} bytes; at most {bytes_max}"));
+        }
+        let deadline = now.plus(assignment.deadline_ms.min(RETRY_DELAY_MS_MAX));
         let round = within("assignment.round", assignment.round, 0..=ROUNDS_MAX).map_err(|e| e.to_string())?;
         let order = TrainOrder { plan, round, attempt: assignment.attempt, checkpoint };
-        Ok(Self { token: assignment.session_token, order, stage: Stage::FetchingBase })
+        Ok(Self { token: assignment.session_token, order, deadline, stage: Stage::FetchingBase })
     }
 
     pub(super) fn task(&self) -> &Name {
@@ -59,6 +70,11 @@ impl Session {
 
     pub(super) fn round(&self) -> u32 {
         self.order.round
+    }
+
+    /// True once a contribution would be refused.
+    pub(super) fn is_late(&self, now: UnixMillis) -> bool {
+        now >= self.deadline
     }
 
     pub(super) fn token(&self) -> Vec<u8> {
@@ -104,11 +120,12 @@ impl Session {
     pub(super) fn response(&mut self, response: Response) -> Step {
         match (&mut self.stage, response) {
             (Stage::Uploading { update, digest, offset }, Response::WriteBlobChunk(answer)) => {
-                *offset = answer.committed_bytes.min(digest.size);
+                let before = std::mem::replace(offset, answer.committed_bytes.min(digest.size));
+                let not_before_ms = if *offset > before { 0 } else { BACKOFF_MS_MIN };
                 if *offset == digest.size {
                     self.stage = Stage::Submitting { update: std::mem::take(update), digest: *digest };
                 }
-                Step::Continue { not_before_ms: 0 }
+                Step::Continue { not_before_ms }
             }
             (Stage::Submitting { .. }, Response::SubmitUpdate(answer)) => self.submitted(answer),
             (_, _) => Step::Ended("the answer is for another step".into()),
@@ -117,7 +134,7 @@ impl Session {
 
     fn submitted(&mut self, answer: wire::SubmitUpdateResponse) -> Step {
         match answer.outcome {
-            Some(Outcome::Pending(pending)) => Step::Continue { not_before_ms: pending.poll_after_ms },
+            Some(Outcome::Pending(pending)) => Step::Continue { not_before_ms: pending.poll_after_ms.max(BACKOFF_MS_MIN) },
             Some(Outcome::Ended(ended)) => match wire::EndReason::try_from(ended.reason) {
                 Ok(wire::EndReason::Contributed) => Step::Contributed,
                 Ok(wire::EndReason::TooLate) => Step::Ended("too late for the round".into()),
