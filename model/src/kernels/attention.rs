@@ -1,0 +1,192 @@
+//! Causal grouped-query attention of one sequence, forward and backward.
+//!
+//! Scores exist for one head and at most `TILE_ROWS` queries at a time. The backward pass rebuilds the
+//! probabilities from the saved log-sum-exp of each row (Dao et al. 2022).
+
+use super::matrix::{Into, View, ViewMut, product};
+use super::scratch::buffer;
+use super::simd::{dot, exp, max, simd_fn, sum};
+
+/// Queries whose scores are held at once.
+const TILE_ROWS: usize = 128;
+
+/// How queries, keys and values are laid out: rows of `heads * head_dim` and `kv_heads * head_dim` values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+/// Queries at positions `past..past + rows` with the keys and values of positions `0..past + rows`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attention<'a> {
+    pub(crate) shape: Heads,
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    pub(crate) past: usize,
+}
+
+/// Gradients of the rotated queries and keys and of the values.
+#[derive(Debug)]
+pub(crate) struct AttentionGradients<'a> {
+    pub(crate) dq: &'a mut [f32],
+    pub(crate) dk: &'a mut [f32],
+    pub(crate) dv: &'a mut [f32],
+}
+
+impl Heads {
+    /// Values in one row of queries.
+    pub(crate) fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Values in one row of keys or values.
+    pub(crate) fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    fn kv_head(&self, head: usize) -> usize {
+        head / (self.heads / self.kv_heads)
+    }
+
+    /// One head's `[rows, head_dim]` columns of a row-major buffer of `width`, from row `first`.
+    fn view<'a>(&self, data: &'a [f32], width: usize, head: usize, first: usize, rows: usize) -> View<'a> {
+        View::strided(&data[first * width + head * self.head_dim..], rows, self.head_dim, width)
+    }
+
+    fn view_mut<'a>(&self, data: &'a mut [f32], width: usize, head: usize, first: usize, rows: usize) -> ViewMut<'a> {
+        ViewMut::strided(&mut data[first * width + head * self.head_dim..], rows, self.head_dim, width)
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+impl Attention<'_> {
+    fn rows(&self) -> usize {
+        self.q.len() / self.shape.q_width()
+    }
+
+    /// Writes the context `[rows, heads * head_dim]` and the log-sum-exp of the scores `[heads, rows]`.
+    pub(crate) fn forward(&self, context: &mut [f32], log_sum: &mut [f32]) {
+        let (s, rows) = (self.shape, self.rows());
+        let mut scores = buffer(TILE_ROWS.min(rows) * (self.past + rows));
+        for head in 0..s.heads {
+            for first in (0..rows).step_by(TILE_ROWS) {
+                let (n, keys) = tile(rows, self.past, first);
+                let p = &mut scores[..n * keys];
+                product(ViewMut::new(p, n, keys), Into::Overwrite, self.queries(head, first, n), self.keys(head, keys).t(), 1.0);
+                causal_softmax(p, keys, self.past + first, s.scale(), &mut log_sum[head * rows + first..][..n]);
+                let out = s.view_mut(context, s.q_width(), head, first, n);
+                product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, keys), 1.0);
+            }
+        }
+    }
+
+    /// Overwrites the gradients, given that of the context. Only for `past == 0`.
+    pub(crate) fn backward(&self, log_sum: &[f32], dcontext: &[f32], out: &mut AttentionGradients<'_>) {
+        assert!(self.past == 0, "attention gradients need the whole sequence");
+        let rows = self.rows();
+        let mut p = buffer(TILE_ROWS.min(rows) * rows);
+        let mut dp = buffer(TILE_ROWS.min(rows) * rows);
+        for head in 0..self.shape.heads {
+            let mut first_of_group = head % (self.shape.heads / self.shape.kv_heads) == 0;
+            // The last tile reaches every key, so it alone overwrites dk and dv.
+            for first in (0..rows).step_by(TILE_ROWS).rev() {
+                let (n, keys) = tile(rows, 0, first);
+                let tile = Tile { head, first, rows: n, keys, into: if first_of_group { Into::Overwrite } else { Into::Add } };
+                let lse = &log_sum[head * rows + first..][..n];
+                self.tile_backward(&tile, lse, dcontext, (&mut p[..n * keys], &mut dp[..n * keys]), out);
+                first_of_group = false;
+            }
+        }
+    }
+
+    fn tile_backward(&self, t: &Tile, lse: &[f32], dcontext: &[f32], scores: (&mut [f32], &mut [f32]), out: &mut AttentionGradients<'_>) {
+        let (s, (p, dp)) = (self.shape, scores);
+        let (n, keys, scale) = (t.rows, t.keys, self.shape.scale());
+        let (q, k, v) = (self.queries(t.head, t.first, n), self.keys(t.head, keys), self.values(t.head, keys));
+        let dctx = s.view(dcontext, s.q_width(), t.head, t.first, n);
+        let kv = s.kv_head(t.head);
+        product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t(), 1.0);
+        causal_probabilities(p, keys, t.first, scale, lse);
+        product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t(), 1.0);
+        product(s.view_mut(out.dv, s.kv_width(), kv, 0, keys), t.into, View::new(p, n, keys).t(), dctx, 1.0);
+        softmax_backward(p, dp, keys, scale);
+        product(s.view_mut(out.dq, s.q_width(), t.head, t.first, n), Into::Overwrite, View::new(dp, n, keys), k, 1.0);
+        product(s.view_mut(out.dk, s.kv_width(), kv, 0, keys), t.into, View::new(dp, n, keys).t(), q, 1.0);
+    }
+
+    fn queries(&self, head: usize, first: usize, rows: usize) -> View<'_> {
+        self.shape.view(self.q, self.shape.q_width(), head, first, rows)
+    }
+
+    fn keys(&self, head: usize, rows: usize) -> View<'_> {
+        self.shape.view(self.k, self.shape.kv_width(), self.shape.kv_head(head), 0, rows)
+    }
+
+    fn values(&self, head: usize, rows: usize) -> View<'_> {
+        self.shape.view(self.v, self.shape.kv_width(), self.shape.kv_head(head), 0, rows)
+    }
+}
+
+/// `rows` queries of one head from row `first`, against the first `keys` keys.
+struct Tile {
+    head: usize,
+    first: usize,
+    rows: usize,
+    keys: usize,
+    into: Into,
+}
+
+fn tile(rows: usize, past: usize, first: usize) -> (usize, usize) {
+    let n = TILE_ROWS.min(rows - first);
+    (n, past + first + n)
+}
+
+simd_fn! {
+    /// Softmax of each row over its visible keys, in place; row `i` sees `first + i + 1` of `keys`.
+    fn causal_softmax(p: &mut [f32], keys: usize, first: usize, scale: f32, log_sum: &mut [f32]) {
+        for (i, (row, lse)) in p.chunks_exact_mut(keys).zip(log_sum).enumerate() {
+            let (seen, unseen) = row.split_at_mut(first + i + 1);
+            let m = max(seen) * scale;
+            for x in seen.iter_mut() {
+                *x = exp(*x * scale - m);
+            }
+            let total = sum(seen);
+            for x in seen.iter_mut() {
+                *x /= total;
+            }
+            unseen.fill(0.0);
+            *lse = m + total.ln();
+        }
+    }
+}
+
+simd_fn! {
+    /// The probabilities again, from raw scores and the saved log-sum-exp.
+    fn causal_probabilities(p: &mut [f32], keys: usize, first: usize, scale: f32, log_sum: &[f32]) {
+        for (i, (row, lse)) in p.chunks_exact_mut(keys).zip(log_sum).enumerate() {
+            let (seen, unseen) = row.split_at_mut(first + i + 1);
+            for x in seen {
+                *x = exp(*x * scale - lse);
+            }
+            unseen.fill(0.0);
+        }
+    }
+}
+
+simd_fn! {
+    /// `dp = p * (dp - <p, dp>) * scale` by row: the gradient of the raw scores.
+    fn softmax_backward(p: &[f32], dp: &mut [f32], keys: usize, scale: f32) {
+        for (p, dp) in p.chunks_exact(keys).zip(dp.chunks_exact_mut(keys)) {
+            let mean = dot(p, dp);
+            for (d, p) in dp.iter_mut().zip(p) {
+                *d = p * (*d - mean) * scale;
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! One pre-norm decoder layer, forward: over whole sequences for training and scoring, and over new tokens
+//! with cached keys and values for generation. `layer_backward.rs` holds the gradients.
+
+use super::activation::{add, swiglu};
+use super::attention::{Attention, Heads};
+use super::linear::Linear;
+use super::norm::Norm;
+use super::rope::{RopeTable, Turn};
+use super::scratch::{Buffer, buffer};
+use crate::config::Projection;
+
+/// A layer's weights, wherever they come from.
+#[derive(Debug)]
+pub(crate) struct Layer<'a> {
+    pub(crate) heads: Heads,
+    pub(crate) rope: &'a RopeTable,
+    pub(crate) attn_norm: Norm<'a>,
+    pub(crate) ffn_norm: Norm<'a>,
+    /// By `Projection as usize`.
+    pub(crate) projections: [Linear<'a>; 7],
+}
+
+/// `x A^T` of each adapted projection.
+pub(crate) type LowActivations = [Option<Buffer>; 7];
+
+/// What the backward pass needs again.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    pub(crate) attention: SavedAttention,
+    pub(crate) feed_forward: SavedFeedForward,
+    pub(crate) low: LowActivations,
+}
+
+/// Activations of the attention half; q and k are rotated.
+#[derive(Debug)]
+pub(crate) struct SavedAttention {
+    pub(crate) inverse_rms: Buffer,
+    pub(crate) q: Buffer,
+    pub(crate) k: Buffer,
+    pub(crate) v: Buffer,
+    pub(crate) log_sum: Buffer,
+    pub(crate) context: Buffer,
+}
+
+/// Activations of the feed-forward half; `input` is the residual stream between the halves.
+#[derive(Debug)]
+pub(crate) struct SavedFeedForward {
+    pub(crate) input: Buffer,
+    pub(crate) inverse_rms: Buffer,
+    pub(crate) gate: Buffer,
+    pub(crate) up: Buffer,
+}
+
+/// Rotated keys and values of the tokens seen so far, rows of `kv_heads * head_dim`.
+#[derive(Debug, Default)]
+pub(crate) struct KeyValues {
+    pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
+}
+
+struct Projected {
+    inverse_rms: Buffer,
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+}
+
+impl Layer<'_> {
+    /// x and y: `[sequences * length, hidden]`.
+    pub(crate) fn forward(&self, x: &[f32], length: usize, y: &mut [f32]) -> Saved {
+        let mut low = LowActivations::default();
+        let p = self.project(x, 0, length, &mut low);
+        let (context, log_sum) = self.attend_sequences(&p, length);
+        let feed_forward = self.finish(x, &context, y, &mut low);
+        let attention = SavedAttention { inverse_rms: p.inverse_rms, q: p.q, k: p.k, v: p.v, log_sum, context };
+        Saved { attention, feed_forward, low }
+    }
+
+    /// x and y: `[new tokens, hidden]` of one sequence, right after those in `cache`, which grows.
+    pub(crate) fn extend(&self, x: &[f32], cache: &mut KeyValues, y: &mut [f32]) {
+        let past = cache.keys.len() / self.heads.kv_width();
+        let length = x.len() / self.attn_norm.gain.len();
+        let mut low = LowActivations::default();
+        let p = self.project(x, past, length, &mut low);
+        cache.keys.extend_from_slice(&p.k);
+        cache.values.extend_from_slice(&p.v);
+        let mut context = buffer(p.q.len());
+        let mut log_sum = buffer(length * self.heads.heads);
+        Attention { shape: self.heads, q: &p.q, k: &cache.keys, v: &cache.values, past }.forward(&mut context, &mut log_sum);
+        self.finish(x, &context, y, &mut low);
+    }
+
+    pub(crate) fn projection(&self, p: Projection) -> &Linear<'_> {
+        &self.projections[p as usize]
+    }
+
+    fn project(&self, x: &[f32], first: usize, length: usize, low: &mut LowActivations) -> Projected {
+        let (normalized, inverse_rms) = self.attn_norm.forward(x);
+        let mut q = self.apply(Projection::Q, &normalized, low);
+        let mut k = self.apply(Projection::K, &normalized, low);
+        let v = self.apply(Projection::V, &normalized, low);
+        self.rope.rotate(&mut q, self.heads.heads, first, length, Turn::Forward);
+        self.rope.rotate(&mut k, self.heads.kv_heads, first, length, Turn::Forward);
+        Projected { inverse_rms, q, k, v }
+    }
+
+    fn attend_sequences(&self, p: &Projected, length: usize) -> (Buffer, Buffer) {
+        let shape = self.heads;
+        let mut context = buffer(p.q.len());
+        let mut log_sum = buffer(p.q.len() / shape.head_dim);
+        let (q_len, kv_len) = (length * shape.q_width(), length * shape.kv_width());
+        let outputs = context.chunks_exact_mut(q_len).zip(log_sum.chunks_exact_mut(length * shape.heads));
+        for (i, (context, log_sum)) in outputs.enumerate() {
+            let (q, kv) = (i * q_len..(i + 1) * q_len, i * kv_len..(i + 1) * kv_len);
+            let attention = Attention { shape, q: &p.q[q], k: &p.k[kv.clone()], v: &p.v[kv], past: 0 };
+            attention.forward(context, log_sum);
+        }
+        (context, log_sum)
+    }
+
+    fn finish(&self, x: &[f32], context: &[f32], y: &mut [f32], low: &mut LowActivations) -> SavedFeedForward {
+        let mut input = self.apply(Projection::O, context, low);
+        add(&mut input, x);
+        let (normalized, inverse_rms) = self.ffn_norm.forward(&input);
+        let gate = self.apply(Projection::Gate, &normalized, low);
+        let up = self.apply(Projection::Up, &normalized, low);
+        drop(normalized);
+        let mut activated = buffer(gate.len());
+        swiglu(&gate, &up, &mut activated);
+        low[Projection::Down as usize] = self.projection(Projection::Down).forward(&activated, y);
+        add(y, &input);
+        SavedFeedForward { input, inverse_rms, gate, up }
+    }
+
+    fn apply(&self, p: Projection, x: &[f32], low: &mut LowActivations) -> Buffer {
+        let linear = self.projection(p);
+        let mut y = buffer(x.len() / linear.weight.cols() * linear.weight.rows());
+        low[p as usize] = linear.forward(x, &mut y);
+        y
+    }
+}

@@ -1,0 +1,411 @@
+//! LoRA training on one device: gradients through the burn operations, and the local training loop.
+//!
+//! One trainer uses one thread. The batches, and so the result, follow from the seed alone.
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::adapter::AdapterLayout;
+use crate::base::BaseModel;
+use crate::batch::{Batch, InputError};
+use crate::decoder::{AdaptedLayer, FrozenHead, LoraPlan, embed, rope_table};
+use crate::kernels::rope::RopeTable;
+use crate::kernels::scratch;
+use crate::ops::{self, HeadSource, LayerSource, LossTargets};
+use crate::optim::{AdamW, AdamWConfig, Sgd, clip_gradient_norm};
+
+/// Training that could not start or go on.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum TrainError {
+    /// Ids or vectors the model cannot take.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// There are no blocks to train on.
+    #[error("no training data")]
+    NoData,
+    /// A number of the plan is out of its range.
+    #[error("training plan: {field} must be {rule}, found {found}")]
+    Plan {
+        /// The plan's field.
+        field: &'static str,
+        /// What it must be.
+        rule: &'static str,
+        /// What it is.
+        found: f64,
+    },
+    /// The loss or the gradient is no finite number; the values are those before the step.
+    #[error("loss or gradient is not finite at step {step}")]
+    NonFinite {
+        /// The step, from 0.
+        step: u32,
+    },
+    /// The caller asked to stop; the values are those of the last whole step.
+    #[error("cancelled after {step} steps")]
+    Cancelled {
+        /// Whole steps done.
+        step: u32,
+    },
+}
+
+/// How a trainer computes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrainerOptions {
+    /// Run each layer again in the backward pass instead of keeping its activations: less than half the memory
+    /// for a third more time. The gradients are the same bits.
+    pub recompute: bool,
+}
+
+/// Computes losses and gradients of an adapter over a frozen base.
+#[derive(Debug)]
+pub struct LoraTrainer {
+    base: Arc<BaseModel>,
+    layout: Arc<AdapterLayout>,
+    plan: Arc<LoraPlan>,
+    options: TrainerOptions,
+    head: Arc<dyn HeadSource>,
+    /// For the longest batch so far.
+    layers: Vec<Arc<dyn LayerSource>>,
+    positions: usize,
+    device: Device,
+}
+
+impl LoraTrainer {
+    /// A trainer for adapters of that layout.
+    ///
+    /// # Errors
+    /// [`InputError::AdapterShape`] if the layout is for a model of another shape.
+    pub fn new(base: Arc<BaseModel>, layout: Arc<AdapterLayout>, options: TrainerOptions) -> Result<Self, TrainError> {
+        let plan = Arc::new(LoraPlan::new(&layout, &base.config)?);
+        let head = Arc::new(FrozenHead(Arc::clone(&base)));
+        let device = Device::flex().autodiff();
+        Ok(Self { base, layout, plan, options, head, layers: Vec::new(), positions: 0, device })
+    }
+
+    /// The layout of the values this trainer takes.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<AdapterLayout> {
+        &self.layout
+    }
+
+    /// The frozen base.
+    #[must_use]
+    pub fn base(&self) -> &Arc<BaseModel> {
+        &self.base
+    }
+
+    /// Mean negative log-likelihood (nats) of the batch's targets; overwrites `gradient` with its gradient.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] if the batch or a slice does not fit the model or the layout.
+    pub fn loss_and_gradient(&mut self, values: &[f32], batch: &Batch, gradient: &mut [f32]) -> Result<f32, TrainError> {
+        self.check(values, batch)?;
+        check_len("gradient", self.layout.len(), gradient.len())?;
+        let thetas: Vec<Tensor<1>> = self.thetas(values).map(Tensor::require_grad).collect();
+        let loss = self.graph(&thetas, batch);
+        let mut gradients = loss.backward();
+        for (index, theta) in thetas.iter().enumerate() {
+            let out = &mut gradient[self.plan.values(index)];
+            copy_gradient(theta.grad_remove(&mut gradients), out);
+        }
+        Ok(loss.into_scalar::<f32>())
+    }
+
+    /// Mean negative log-likelihood (nats) of the batch's targets.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] if the batch or the values do not fit the model or the layout.
+    pub fn loss(&mut self, values: &[f32], batch: &Batch) -> Result<f32, TrainError> {
+        self.check(values, batch)?;
+        let thetas: Vec<Tensor<1>> = self.thetas(values).collect();
+        Ok(self.graph(&thetas, batch).into_scalar::<f32>())
+    }
+
+    fn check(&mut self, values: &[f32], batch: &Batch) -> Result<(), TrainError> {
+        check_len("adapter values", self.layout.len(), values.len())?;
+        batch.check(self.base.config.vocab_size, self.base.config.context_length)?;
+        if batch.length > self.positions {
+            self.grow(batch.length);
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, positions: usize) {
+        let rope: Arc<RopeTable> = Arc::new(rope_table(&self.base.config, positions));
+        let layer = |index| -> Arc<dyn LayerSource> {
+            Arc::new(AdaptedLayer {
+                base: Arc::clone(&self.base),
+                plan: Arc::clone(&self.plan),
+                rope: Arc::clone(&rope),
+                index,
+                recompute: self.options.recompute,
+            })
+        };
+        self.layers = (0..self.base.config.layers).map(layer).collect();
+        self.positions = positions;
+    }
+
+    /// Each layer's slice of the values as a tensor.
+    fn thetas(&self, values: &[f32]) -> impl Iterator<Item = Tensor<1>> {
+        (0..self.layers.len()).map(|index| leaf(&values[self.plan.values(index)], &self.device))
+    }
+
+    fn graph(&self, thetas: &[Tensor<1>], batch: &Batch) -> Tensor<1> {
+        let shape = [batch.sequences, batch.length, self.base.config.hidden];
+        let mut embeddings = vec![0f32; shape.iter().product()];
+        embed(&self.base, &batch.inputs, &mut embeddings);
+        let mut x = Tensor::<3>::from_data(TensorData::new(embeddings, shape), &self.device);
+        for (layer, theta) in self.layers.iter().zip(thetas) {
+            x = ops::decoder_layer(x, theta.clone(), layer);
+        }
+        let targets = LossTargets { ids: batch.targets.clone(), denominator: batch.predicted() as f32 };
+        ops::head_loss(x, leaf(&[0.0], &self.device), &self.head, targets)
+    }
+}
+
+impl Drop for LoraTrainer {
+    /// A phone wants its memory back when training ends.
+    fn drop(&mut self) {
+        scratch::release_pool();
+    }
+}
+
+/// A one-dimensional tensor of those values.
+pub(crate) fn leaf(values: &[f32], device: &Device) -> Tensor<1> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device)
+}
+
+/// Copies a leaf's gradient; every leaf of our graphs has one.
+pub(crate) fn copy_gradient(gradient: Option<Tensor<1>>, out: &mut [f32]) {
+    let Some(gradient) = gradient else { return out.fill(0.0) };
+    let data = gradient.into_data();
+    match data.as_slice::<f32>() {
+        Ok(values) => out.copy_from_slice(values),
+        Err(error) => unreachable!("flex gradients are f32: {error:?}"),
+    }
+}
+
+/// Refuses a vector of another length.
+pub(crate) fn check_len(what: &'static str, expected: usize, found: usize) -> Result<(), InputError> {
+    if expected == found { Ok(()) } else { Err(InputError::WrongLength { what, expected, found }) }
+}
+
+/// What one device does with its data in one round.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LocalTraining {
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Blocks in a step; fewer if there are not that many.
+    pub batch_size: usize,
+    /// Predictions in a block; a block has one id more.
+    pub block_tokens: usize,
+    /// The update rule.
+    pub optimizer: OptimizerConfig,
+    /// Its (highest) learning rate.
+    pub learning_rate: f32,
+    /// Longest gradient, if it is to be bounded.
+    pub gradient_clip: Option<f32>,
+    /// The learning rate's course over the steps.
+    pub schedule: Schedule,
+}
+
+/// The update rule of local training.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum OptimizerConfig {
+    /// Adam with decoupled weight decay.
+    AdamW(AdamWConfig),
+    /// Gradient descent.
+    Sgd {
+        /// Share of the velocity kept at each step; 0 is plain descent.
+        momentum: f32,
+    },
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self::AdamW(AdamWConfig::default())
+    }
+}
+
+/// The course of a learning rate.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum Schedule {
+    /// The same at every step.
+    #[default]
+    Constant,
+    /// Linear from 0 over the warm-up, then half a cosine down to a fraction of the highest.
+    WarmupCosine {
+        /// Steps until the highest rate.
+        warmup_steps: u32,
+        /// The last rate over the highest.
+        final_fraction: f32,
+    },
+}
+
+impl Schedule {
+    /// What the highest rate is multiplied by at `step` (from 0) of `steps`.
+    #[must_use]
+    pub fn factor(&self, step: u32, steps: u32) -> f32 {
+        match *self {
+            Self::Constant => 1.0,
+            Self::WarmupCosine { warmup_steps, .. } if step < warmup_steps => (step + 1) as f32 / warmup_steps as f32,
+            Self::WarmupCosine { warmup_steps, final_fraction } => {
+                let done = (step - warmup_steps) as f32 / steps.saturating_sub(warmup_steps).max(1) as f32;
+                final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + (std::f32::consts::PI * done).cos())
+            }
+        }
+    }
+}
+
+/// What local training did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainSummary {
+    /// Loss of the first batch, before any update, in nats per token.
+    pub first_loss: f32,
+    /// Mean over the steps.
+    pub mean_loss: f32,
+    /// Loss of the last batch, before the last update.
+    pub last_loss: f32,
+    /// Predictions trained on.
+    pub tokens: u64,
+    /// Steps done.
+    pub steps: u32,
+}
+
+/// Trains `values` in place on the blocks; `should_stop` is asked before every step.
+///
+/// # Errors
+/// Those of [`TrainError`]; after one that names a step, `values` are as after the last whole step.
+pub fn fine_tune(
+    trainer: &mut LoraTrainer,
+    values: &mut [f32],
+    blocks: &[Vec<u32>],
+    plan: &LocalTraining,
+    seed: u64,
+    should_stop: &mut dyn FnMut() -> bool,
+) -> Result<TrainSummary, TrainError> {
+    plan.check(blocks)?;
+    let mut order = BatchOrder::new(blocks.len(), seed);
+    let mut optimizer = Optimizer::new(plan.optimizer, values.len());
+    let mut gradient = vec![0f32; values.len()];
+    let mut losses = Losses::default();
+    for step in 0..plan.steps {
+        if should_stop() {
+            return Err(TrainError::Cancelled { step });
+        }
+        let chosen: Vec<&[u32]> = order.take(plan.batch_size).map(|i| blocks[i].as_slice()).collect();
+        let batch = Batch::from_blocks(&chosen)?;
+        let loss = trainer.loss_and_gradient(values, &batch, &mut gradient)?;
+        let norm = clip_gradient_norm(&mut gradient, plan.gradient_clip.unwrap_or(f32::INFINITY));
+        if !(loss.is_finite() && norm.is_finite()) {
+            return Err(TrainError::NonFinite { step });
+        }
+        optimizer.step(values, &gradient, plan.learning_rate * plan.schedule.factor(step, plan.steps));
+        losses.push(loss, batch.predicted());
+    }
+    Ok(losses.summary())
+}
+
+impl LocalTraining {
+    fn check(&self, blocks: &[Vec<u32>]) -> Result<(), TrainError> {
+        let at_least_1 = [("steps", u64::from(self.steps)), ("batch_size", self.batch_size as u64), ("block_tokens", self.block_tokens as u64)];
+        if let Some((field, found)) = at_least_1.into_iter().find(|(_, n)| *n == 0) {
+            return Err(TrainError::Plan { field, rule: "at least 1", found: found as f64 });
+        }
+        let positive = [("learning_rate", self.learning_rate), ("gradient_clip", self.gradient_clip.unwrap_or(1.0))];
+        if let Some((field, found)) = positive.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
+            return Err(TrainError::Plan { field, rule: "finite and above 0", found: f64::from(found) });
+        }
+        if blocks.is_empty() {
+            return Err(TrainError::NoData);
+        }
+        match blocks.iter().map(Vec::len).max() {
+            Some(longest) if longest > self.block_tokens + 1 => {
+                Err(InputError::TooLong { found: longest - 1, limit: self.block_tokens }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+enum Optimizer {
+    AdamW(AdamW),
+    Sgd(Sgd),
+}
+
+impl Optimizer {
+    fn new(config: OptimizerConfig, len: usize) -> Self {
+        match config {
+            OptimizerConfig::AdamW(config) => Self::AdamW(AdamW::new(config, len)),
+            OptimizerConfig::Sgd { momentum } => Self::Sgd(Sgd::new(momentum, len)),
+        }
+    }
+
+    fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
+        match self {
+            Self::AdamW(optimizer) => optimizer.step(values, gradient, learning_rate),
+            Self::Sgd(optimizer) => optimizer.step(values, gradient, learning_rate),
+        }
+    }
+}
+
+/// Block indices in a seeded order, shuffled again whenever all were taken.
+struct BatchOrder {
+    rng: ChaCha8Rng,
+    indices: Vec<usize>,
+    next: usize,
+}
+
+impl BatchOrder {
+    fn new(blocks: usize, seed: u64) -> Self {
+        Self { rng: ChaCha8Rng::seed_from_u64(seed), indices: (0..blocks).collect(), next: blocks }
+    }
+
+    fn take(&mut self, count: usize) -> impl Iterator<Item = usize> {
+        let count = count.min(self.indices.len());
+        (0..count).map(|_| self.pick())
+    }
+
+    fn pick(&mut self) -> usize {
+        if self.next == self.indices.len() {
+            self.shuffle();
+            self.next = 0;
+        }
+        self.next += 1;
+        self.indices[self.next - 1]
+    }
+
+    /// Fisher-Yates; the modulo's bias is below 2^-40 for any number of blocks a device holds.
+    fn shuffle(&mut self) {
+        for i in (1..self.indices.len()).rev() {
+            let j = (self.rng.next_u64() % (i as u64 + 1)) as usize;
+            self.indices.swap(i, j);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Losses {
+    all: Vec<f32>,
+    tokens: u64,
+}
+
+impl Losses {
+    fn push(&mut self, loss: f32, tokens: usize) {
+        self.all.push(loss);
+        self.tokens += tokens as u64;
+    }
+
+    fn summary(&self) -> TrainSummary {
+        let sum: f64 = self.all.iter().map(|x| f64::from(*x)).sum();
+        TrainSummary {
+            first_loss: self.all.first().copied().unwrap_or(f32::NAN),
+            mean_loss: (sum / self.all.len() as f64) as f32,
+            last_loss: self.all.last().copied().unwrap_or(f32::NAN),
+            tokens: self.tokens,
+            steps: self.all.len() as u32,
+        }
+    }
+}
