@@ -1,1 +1,10 @@
-//! placeholder
+//! Fleets on one machine, running the shipped device and coordinator sides.
+
+pub mod baselines;
+pub mod experiment;
+pub mod fleet;
+pub mod pool;
+pub mod pretrain;
+pub mod report;
+pub mod run;
+pub mod scenario;

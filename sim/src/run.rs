@@ -1,0 +1,335 @@
+//! `fleetune-sim run`: a fleet fine-tunes a model, is held against its baselines, and the result is
+//! written down. A shell: it reads the clock and prints.
+
+#![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
+#![allow(clippy::disallowed_methods, reason = "progress and the report show wall-clock time")]
+
+use crate::{
+    baselines::{BothGroups, central, evaluate_both, local_only},
+    experiment::Experiment,
+    fleet::{Fleet, FleetOutcome, RoundOutcome},
+    pool::{Pending, Pool},
+    report::{
+        CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
+        ReleaseReport, Report, RoundReport, Sample, Scores, html, table,
+    },
+    scenario::Scenario,
+};
+use anyhow::{Context, Result};
+use fleetune_model::{
+    adapter::Adapter,
+    adapter_formats::from_gguf_lora,
+    eval::evaluate,
+    generate::{Sampling, generate},
+};
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Instant,
+};
+
+const PROMPTS: [&str; 2] = ["O, what a", "My lord,"];
+const SAMPLE_TOKENS: usize = 32;
+
+/// Trains a simulated fleet and reports how it did against central training and training alone.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunArgs {
+    /// Scenario file; what it leaves out is as in the default scenario.
+    pub scenario: Option<PathBuf>,
+    /// Base model, a GGUF file; without it the small embedded one. With it and no scenario, the
+    /// settings of the reference experiment.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Users' texts: a JSONL file or a folder; without it the embedded roles of Shakespeare.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// Seed of everything random: the same seed gives the same adapter, byte for byte.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Rounds, instead of the scenario's.
+    #[arg(long)]
+    pub rounds: Option<u32>,
+    /// Contributions a round, instead of the scenario's.
+    #[arg(long)]
+    pub cohort: Option<u32>,
+    /// Worker threads; all cores if not given.
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Folder for report.json, report.html and the adapter.
+    #[arg(long, default_value = "out")]
+    pub out: PathBuf,
+}
+
+/// Runs and writes the report; its path is the last line printed.
+pub fn run(args: &RunArgs) -> Result<Report> {
+    let started = Instant::now();
+    let scenario = scenario(args)?;
+    fs::create_dir_all(&args.out).with_context(|| format!("folder {}", args.out.display()))?;
+    let experiment = Experiment::open(&scenario, args.model.as_deref(), args.data.as_deref(), args.seed)?;
+    introduce(&scenario, &experiment);
+    let threads = args.threads.or_else(|| thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
+    let pool = Pool::new(threads);
+    let base = evaluate_both(&pool, &experiment, None);
+    let mut log = RoundLog::new(&scenario, &experiment, &pool, started);
+    let fleet = Fleet::new(&scenario, &experiment, &pool, args.seed)?;
+    let outcome = fleet.run(&mut |round| log.note(round))?;
+    let trained = log.finish()?;
+    eprintln!("comparing with central training on the same {} tokens, and with devices alone", trained.tokens);
+    let central = central(&pool, &experiment, &scenario, trained.tokens, args.seed);
+    let alone = local_only(&pool, &experiment, &scenario, &trained.adapter, args.seed)?;
+    let release = release_report(&pool, &experiment, &outcome, &args.out)?;
+    let central = central.wait()?;
+    let base = base.wait()?;
+    let devices = alone.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
+    let adapter = Adapter::new(Arc::clone(&experiment.layout), trained.adapter)?;
+    let scores = trained.scores;
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION").into(),
+        model: ModelReport {
+            name: experiment.base.config.name.clone(),
+            sha256: experiment.base_digest.hex(),
+            parameters: experiment.base.parameter_count(),
+            trainable: experiment.layout.len() as u64,
+        },
+        data: data_report(&experiment, &scenario),
+        seed: args.seed,
+        scenario: serde_json::to_value(&scenario)?,
+        rounds: trained.rounds,
+        base: scores_of(&base),
+        gain: GainReport {
+            seen: gain(base.seen.nll, scores.seen.nll, central.scores.seen.nll),
+            heldout: gain(base.heldout.nll, scores.heldout.nll, central.scores.heldout.nll),
+        },
+        central: CentralReport {
+            scores: scores_of(&central.scores),
+            tokens: central.tokens,
+            curve: central.curve,
+        },
+        local_only: local_only_report(devices, scenario.local_only.steps),
+        r#final: FinalReport { scores: scores_of(&scores), adapter_sha256: hex::encode(adapter.sha256()) },
+        release: Some(release.wait()?),
+        peak_rss_mib: peak_rss_mib(),
+        seconds: started.elapsed().as_secs_f64(),
+        threads,
+        aggregation: scenario.aggregation.protocol.clone(),
+        privacy: None,
+        privacy_in_words: "This run was not private: no noise was added, and the coordinator saw each clipped update \
+                           (insecure_plaintext)."
+            .into(),
+    };
+    write_out(&args.out, &report, &adapter, &outcome)?;
+    print!("{}", table::table(&report));
+    println!("report: {}", args.out.join("report.html").display());
+    Ok(report)
+}
+
+fn scenario(args: &RunArgs) -> Result<Scenario> {
+    let mut scenario = match (&args.scenario, &args.model) {
+        (Some(path), _) => Scenario::load(path)?,
+        (None, Some(_)) => Scenario::smollm2()?,
+        (None, None) => Scenario::default_fleet()?,
+    };
+    scenario.rounds = args.rounds.unwrap_or(scenario.rounds);
+    if let Some(cohort) = args.cohort {
+        scenario.fleet.cohort = cohort;
+        scenario.fleet.reports_min = scenario.fleet.reports_min.min(cohort);
+    }
+    scenario.check().context("the command line and the scenario together")?;
+    Ok(scenario)
+}
+
+fn introduce(scenario: &Scenario, experiment: &Experiment) {
+    let config = &experiment.base.config;
+    eprintln!(
+        "{}: {} parameters, {} of them in the adapter; {}: {} users train, {} are held out",
+        config.name,
+        experiment.base.parameter_count(),
+        experiment.layout.len(),
+        experiment.data_name,
+        experiment.users.len(),
+        experiment.heldout_users
+    );
+    if experiment.reference_blocks {
+        eprintln!("evaluated on the fixed blocks of the reference figures");
+    }
+    eprintln!(
+        "{} rounds of {} contributions; aggregation {} and no noise: this run is NOT private",
+        scenario.rounds, scenario.fleet.cohort, scenario.aggregation.protocol
+    );
+}
+
+/// What training left behind.
+struct Trained {
+    rounds: Vec<RoundReport>,
+    adapter: Vec<f32>,
+    scores: BothGroups,
+    tokens: u64,
+}
+
+/// Collects rounds as they finish, evaluates some of them on the side, and shows progress.
+struct RoundLog<'a> {
+    scenario: &'a Scenario,
+    experiment: &'a Experiment,
+    pool: &'a Pool,
+    last: Instant,
+    tokens: u64,
+    rounds: Vec<RoundReport>,
+    evaluations: Vec<(usize, Pending<BothGroups>)>,
+    adapter: Vec<f32>,
+}
+
+impl<'a> RoundLog<'a> {
+    fn new(scenario: &'a Scenario, experiment: &'a Experiment, pool: &'a Pool, started: Instant) -> Self {
+        Self {
+            scenario,
+            experiment,
+            pool,
+            last: started,
+            tokens: 0,
+            rounds: Vec::new(),
+            evaluations: Vec::new(),
+            adapter: Vec::new(),
+        }
+    }
+
+    fn note(&mut self, outcome: RoundOutcome) -> Result<()> {
+        let record = &outcome.record;
+        let round = record.round + 1;
+        self.tokens += outcome.tokens;
+        let seconds = self.last.elapsed().as_secs_f64();
+        self.last = Instant::now();
+        self.rounds.push(RoundReport {
+            round,
+            failed_attempts: outcome.failed_attempts,
+            selected: record.selected,
+            completed: record.completed,
+            dropped: record.selected - record.completed,
+            train_nll: outcome.train_nll,
+            eval_nll: None,
+            heldout_nll: None,
+            update_norm: f64::from(record.update_norm),
+            tokens: self.tokens,
+            virtual_seconds: outcome.virtual_seconds,
+            seconds,
+        });
+        eprintln!(
+            "round {round:>3}/{}  {:>3} of {:>3} contributed  train NLL {:.3}  update norm {:.2}  {seconds:.1} s",
+            self.scenario.rounds, record.completed, record.selected, outcome.train_nll, record.update_norm
+        );
+        if round.is_multiple_of(self.scenario.evaluation.every) || round == self.scenario.rounds {
+            let job = evaluate_both(self.pool, self.experiment, Some(outcome.adapter.clone()));
+            self.evaluations.push((self.rounds.len() - 1, job));
+        }
+        self.adapter = outcome.adapter;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Trained> {
+        let mut scores = None;
+        for (index, job) in self.evaluations.drain(..) {
+            let both = job.wait()?;
+            let round = &mut self.rounds[index];
+            (round.eval_nll, round.heldout_nll) = (Some(both.seen.nll), Some(both.heldout.nll));
+            eprintln!("after round {:>3}: NLL {:.4} seen, {:.4} held-out", round.round, both.seen.nll, both.heldout.nll);
+            scores = Some(both);
+        }
+        let scores = scores.context("no round finished")?;
+        Ok(Trained { rounds: self.rounds, adapter: self.adapter, scores, tokens: self.tokens })
+    }
+}
+
+fn release_report(
+    pool: &Pool,
+    experiment: &Experiment,
+    outcome: &FleetOutcome,
+    _out: &Path,
+) -> Result<Pending<ReleaseReport>> {
+    let (base, blocks) = (Arc::clone(&experiment.base), Arc::clone(&experiment.eval_blocks));
+    let (gguf, manifest, devices_active) =
+        (Arc::clone(&outcome.adapter_gguf), outcome.manifest.clone(), outcome.devices_active);
+    Ok(pool.submit(move |_| {
+        let released = from_gguf_lora(&gguf, &base).context("the released adapter")?;
+        let sample = |prompt: &&str| -> Result<Sample> {
+            let say = |adapter: Option<&Adapter>| continuation(&base, adapter, prompt);
+            Ok(Sample { prompt: (*prompt).into(), base: say(None)?, released: say(Some(&released))? })
+        };
+        Ok(ReleaseReport {
+            version: manifest.version,
+            base_bytes: manifest.base_model.size,
+            adapter_bytes: manifest.adapter.size,
+            devices_active,
+            eval_nll: evaluate(&base, Some(&released), &blocks)?.nll,
+            samples: PROMPTS.iter().map(sample).collect::<Result<_>>()?,
+        })
+    }))
+}
+
+fn continuation(base: &fleetune_model::base::BaseModel, adapter: Option<&Adapter>, prompt: &str) -> Result<String> {
+    let ids = base.tokenizer.encode_ordinary(prompt);
+    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, max_tokens: SAMPLE_TOKENS };
+    let answer = generate(base, adapter, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
+    Ok(base.tokenizer.decode(&answer))
+}
+
+fn data_report(experiment: &Experiment, scenario: &Scenario) -> DataReport {
+    DataReport {
+        name: experiment.data_name.clone(),
+        sha256: hex::encode(experiment.data_sha256),
+        users: experiment.users.len(),
+        heldout_users: experiment.heldout_users,
+        eval_blocks: experiment.eval_blocks.len(),
+        heldout_blocks: experiment.heldout_blocks.len(),
+        block_tokens: scenario.training.block_tokens as usize,
+    }
+}
+
+fn scores_of(both: &BothGroups) -> Scores {
+    Scores {
+        eval_nll: both.seen.nll,
+        heldout_nll: both.heldout.nll,
+        eval_accuracy: both.seen.accuracy,
+        heldout_accuracy: both.heldout.accuracy,
+    }
+}
+
+fn gain(base: f64, federated: f64, central: f64) -> f64 {
+    (base - federated) / (base - central)
+}
+
+/// Means over the devices, each weighted by its tokens.
+fn local_only_report(devices: Vec<LocalOnlyDevice>, steps: u32) -> LocalOnlyReport {
+    let tokens = devices.iter().map(|device| device.tokens as f64).sum::<f64>();
+    let mean = |nll: fn(&LocalOnlyDevice) -> f64| {
+        devices.iter().map(|device| nll(device) * device.tokens as f64).sum::<f64>() / tokens
+    };
+    LocalOnlyReport {
+        eval_nll: mean(|device| device.local_nll),
+        base_eval_nll: mean(|device| device.base_nll),
+        federated_eval_nll: mean(|device| device.federated_nll),
+        steps,
+        devices,
+    }
+}
+
+fn write_out(out: &Path, report: &Report, adapter: &Adapter, outcome: &FleetOutcome) -> Result<()> {
+    let write = |name: &str, bytes: &[u8]| {
+        let path = out.join(name);
+        fs::write(&path, bytes).with_context(|| format!("file {}", path.display()))
+    };
+    write("adapter.safetensors", &adapter.to_checkpoint_bytes())?;
+    write("adapter.gguf", &outcome.adapter_gguf)?;
+    write("release.manifest", &outcome.envelope)?;
+    write("report.json", serde_json::to_string_pretty(report)?.as_bytes())?;
+    write("report.html", html::render(report).as_bytes())
+}
+
+/// Peak resident memory, from the kernel's own count; 0 where there is none.
+fn peak_rss_mib() -> f64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()).and_then(|kib| kib.parse::<f64>().ok());
+    kib.map_or(0.0, |kib| kib / 1024.0)
+}

@@ -1,0 +1,332 @@
+//! A scenario: everything that a simulated fleet is made of, as one TOML file. What a file leaves
+//! out has the value of `scenarios/default.toml`, which shows every setting.
+
+use anyhow::{Context, Result, ensure};
+use fleetune_coordinator::ServerOptimizer;
+use fleetune_model::adapter::LoraConfig;
+use fleetune_model::config::Projection;
+use fleetune_privacy::ClippingNorm;
+use fleetune_proto::{AggregationPlan, AggregationProtocol, Optimizer, TrainingPlan, round::RoundPolicy};
+use fleetune_secagg::RingBits;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+const DEFAULT: &str = include_str!("../scenarios/default.toml");
+const SMOLLM2: &str = include_str!("../scenarios/smollm2.toml");
+
+/// A scenario with every value filled in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// Rounds of the task.
+    pub rounds: u32,
+    /// How rounds select and wait.
+    pub fleet: Fleet,
+    /// What devices are like.
+    pub devices: Devices,
+    /// The adapter.
+    pub adapter: AdapterShape,
+    /// Local training.
+    pub training: Training,
+    /// From updates to a sum.
+    pub aggregation: Aggregation,
+    /// From a sum to the next adapter.
+    pub server: Server,
+    /// What is measured.
+    pub evaluation: Evaluation,
+    /// Central training to compare with.
+    pub central: Central,
+    /// Devices that train alone, to compare with.
+    pub local_only: LocalOnly,
+}
+
+/// How rounds select and wait.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fleet {
+    /// Contributions at which a round finishes.
+    pub cohort: u32,
+    /// Devices selected per contribution wanted.
+    pub over_selection: f64,
+    /// Contributions with which a round may finish at its deadline.
+    pub reports_min: u32,
+    /// A user with fewer training blocks stays away.
+    pub blocks_min: usize,
+    /// Virtual seconds that devices may join.
+    pub selection_s: u64,
+    /// Virtual seconds from the first join to the last contribution.
+    pub report_s: u64,
+    /// A device without work comes back after this many virtual seconds.
+    pub check_in_s: [u64; 2],
+}
+
+/// What devices are like.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Devices {
+    /// Chance that a selected device vanishes before it contributes.
+    pub dropout: f64,
+    /// Virtual seconds until it is back.
+    pub offline_s: u64,
+    /// Virtual seconds of one optimizer step on a median device.
+    pub step_s: f64,
+    /// Standard deviation of the logarithm of the devices' speed.
+    pub speed_sigma: f64,
+    /// Kibibytes a second, both ways.
+    pub bandwidth_kib_s: u64,
+    /// Milliseconds a call.
+    pub latency_ms: u64,
+}
+
+/// The adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterShape {
+    /// Rank of both factors.
+    pub rank: usize,
+    /// Scale numerator.
+    pub alpha: f32,
+    /// Adapted projections.
+    pub targets: Vec<String>,
+    /// FFA-LoRA.
+    pub freeze_a: bool,
+}
+
+/// Local training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Optimizer steps a round.
+    pub steps: u32,
+    /// Blocks a step.
+    pub batch_size: u32,
+    /// Predicted tokens a block.
+    pub block_tokens: u32,
+    /// "adamw" or "sgd".
+    pub optimizer: String,
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Of "adamw".
+    pub weight_decay: f32,
+    /// Of "sgd".
+    pub momentum: f32,
+    /// Bound on the gradient's norm; 0 for none.
+    pub gradient_clip: f32,
+}
+
+/// From updates to a sum.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Aggregation {
+    /// "insecure_plaintext".
+    pub protocol: String,
+    /// L2 bound of an update.
+    pub clipping_norm: f32,
+    /// Width of the ring, 8 to 32.
+    pub ring_bits: u32,
+}
+
+/// From a sum to the next adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    /// "fedavg", "fedavgm" or "fedadam".
+    pub optimizer: String,
+    /// Server learning rate.
+    pub learning_rate: f32,
+    /// Of "fedavgm".
+    pub momentum: f32,
+    /// Of "fedadam".
+    pub beta1: f32,
+    /// Of "fedadam".
+    pub beta2: f32,
+    /// Of "fedadam".
+    pub tau: f32,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluation {
+    /// Blocks a group.
+    pub blocks: usize,
+    /// Rounds between evaluations.
+    pub every: u32,
+}
+
+/// Central training to compare with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Central {
+    /// Blocks a step.
+    pub batch_size: usize,
+    /// Highest learning rate; warm-up, then a cosine to a tenth.
+    pub learning_rate: f32,
+    /// Steps of warm-up.
+    pub warmup_steps: u32,
+}
+
+/// Devices that train alone, to compare with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalOnly {
+    /// Devices.
+    pub devices: usize,
+    /// Optimizer steps of each.
+    pub steps: u32,
+}
+
+impl Scenario {
+    /// The default fleet on the embedded base.
+    pub fn default_fleet() -> Result<Self> {
+        Self::from_toml("scenarios/default.toml", "")
+    }
+
+    /// The reference settings for SmolLM2.
+    pub fn smollm2() -> Result<Self> {
+        Self::from_toml("scenarios/smollm2.toml", SMOLLM2)
+    }
+
+    /// Reads a scenario file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("scenario {}", path.display()))?;
+        Self::from_toml(&path.display().to_string(), &text)
+    }
+
+    /// Parses a scenario; `name` stands in errors.
+    pub fn from_toml(name: &str, text: &str) -> Result<Self> {
+        let mut table: toml::Table = toml::from_str(DEFAULT).expect("the default scenario parses");
+        let own: toml::Table = toml::from_str(text).with_context(|| format!("scenario {name}"))?;
+        merge(&mut table, own);
+        let scenario: Self = table.try_into().with_context(|| format!("scenario {name}"))?;
+        scenario.check().with_context(|| format!("scenario {name}"))?;
+        Ok(scenario)
+    }
+
+    /// Refuses values that make no sense together.
+    pub fn check(&self) -> Result<()> {
+        let fleet = &self.fleet;
+        ensure!(fleet.cohort >= 1, "fleet.cohort: at least 1");
+        ensure!((1.0..=10.0).contains(&fleet.over_selection), "fleet.over_selection: 1 to 10");
+        ensure!((1..=fleet.cohort).contains(&fleet.reports_min), "fleet.reports_min: 1 to fleet.cohort");
+        ensure!(fleet.check_in_s[0] <= fleet.check_in_s[1], "fleet.check_in_s: the first is at most the second");
+        ensure!((0.0..1.0).contains(&self.devices.dropout), "devices.dropout: 0 up to, without, 1");
+        ensure!(self.devices.step_s >= 0.0 && self.devices.step_s.is_finite(), "devices.step_s: not negative");
+        ensure!(self.devices.bandwidth_kib_s >= 1, "devices.bandwidth_kib_s: at least 1");
+        ensure!((0.0..=3.0).contains(&self.devices.speed_sigma), "devices.speed_sigma: 0 to 3");
+        ensure!(self.evaluation.every >= 1 && self.evaluation.blocks >= 1, "evaluation: at least 1");
+        ensure!(self.central.batch_size >= 1, "central.batch_size: at least 1");
+        self.lora(0)?;
+        self.training_plan()?;
+        self.aggregation_plan()?;
+        self.server_optimizer().map(|_| ())
+    }
+
+    /// The adapter's shape.
+    pub fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
+        let parse = |name: &String| Projection::from_name(name).with_context(|| format!("adapter.targets: {name:?}"));
+        let mut targets = self.adapter.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;
+        targets.sort_unstable();
+        let AdapterShape { rank, alpha, freeze_a, .. } = self.adapter;
+        Ok(LoraConfig { rank, alpha, targets, freeze_a, init_seed })
+    }
+
+    /// Local training as the plan says it.
+    pub fn training_plan(&self) -> Result<TrainingPlan> {
+        let t = &self.training;
+        let optimizer = match t.optimizer.as_str() {
+            "adamw" => Optimizer::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: t.weight_decay },
+            "sgd" => Optimizer::Sgd { momentum: t.momentum },
+            other => anyhow::bail!("training.optimizer: {other:?}; adamw or sgd"),
+        };
+        Ok(TrainingPlan {
+            steps: t.steps,
+            batch_size: t.batch_size,
+            block_tokens: t.block_tokens,
+            learning_rate: t.learning_rate,
+            gradient_clip: (t.gradient_clip > 0.0).then_some(t.gradient_clip),
+            optimizer,
+            examples_min: 1,
+        })
+    }
+
+    /// From updates to a sum as the plan says it.
+    pub fn aggregation_plan(&self) -> Result<AggregationPlan> {
+        let a = &self.aggregation;
+        ensure!(
+            a.protocol == "insecure_plaintext",
+            "aggregation.protocol: {:?}; only \"insecure_plaintext\" is there yet",
+            a.protocol
+        );
+        Ok(AggregationPlan {
+            protocol: AggregationProtocol::InsecurePlaintext,
+            clipping_norm: ClippingNorm::new(a.clipping_norm).context("aggregation.clipping_norm")?,
+            ring_bits: RingBits::new(a.ring_bits).context("aggregation.ring_bits")?,
+            summands_max: self.fleet.cohort,
+            summands_min: self.fleet.reports_min,
+        })
+    }
+
+    /// How rounds select and wait.
+    pub fn round_policy(&self) -> RoundPolicy {
+        let selected = (f64::from(self.fleet.cohort) * self.fleet.over_selection).ceil();
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked: 1 to 10 times a u32")]
+        let selected_max = (selected as u32).max(self.fleet.cohort);
+        RoundPolicy {
+            report_goal: self.fleet.cohort,
+            selected_max,
+            reports_min: self.fleet.reports_min,
+            selection_ms: self.fleet.selection_s * 1000,
+            report_ms: self.fleet.report_s * 1000,
+        }
+    }
+
+    /// From a sum to the next adapter.
+    pub fn server_optimizer(&self) -> Result<ServerOptimizer> {
+        let Server { learning_rate, momentum, beta1, beta2, tau, .. } = self.server;
+        match self.server.optimizer.as_str() {
+            "fedavg" => Ok(ServerOptimizer::FedAvg { learning_rate }),
+            "fedavgm" => Ok(ServerOptimizer::FedAvgM { learning_rate, momentum }),
+            "fedadam" => Ok(ServerOptimizer::FedAdam { learning_rate, beta1, beta2, tau }),
+            other => anyhow::bail!("server.optimizer: {other:?}; fedavg, fedavgm or fedadam"),
+        }
+    }
+}
+
+/// Lays `own` over `table`, key by key.
+fn merge(table: &mut toml::Table, own: toml::Table) {
+    for (key, value) in own {
+        match (table.get_mut(&key), value) {
+            (Some(toml::Value::Table(base)), toml::Value::Table(own)) => merge(base, own),
+            (_, value) => {
+                table.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_scenarios_are_sound() {
+        Scenario::default_fleet().unwrap();
+        let reference = Scenario::smollm2().unwrap();
+        assert_eq!((reference.fleet.cohort, reference.rounds, reference.devices.dropout), (8, 16, 0.0));
+    }
+
+    #[test]
+    fn errors_name_the_setting() {
+        let check = |text: &str, expected: &str| {
+            let error = format!("{:#}", Scenario::from_toml("x.toml", text).unwrap_err());
+            assert!(error.contains("x.toml") && error.contains(expected), "{error}");
+        };
+        check("round = 3", "unknown field `round`");
+        check("[fleet]\ncohort = 4\nreports_min = 5", "fleet.reports_min");
+        check("[server]\noptimizer = \"adam\"", "server.optimizer");
+        check("[aggregation]\nprotocol = \"secagg\"", "aggregation.protocol");
+        check("[adapter]\ntargets = [\"head\"]", "adapter.targets");
+        check("rounds = ", "x.toml");
+    }
+}
