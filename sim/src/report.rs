@@ -1,6 +1,12 @@
 //! What a run leaves behind: one value, written as `report.json`, drawn as `report.html`
 //! (`report/html.rs`), and printed as a short table.
 
+mod html;
+#[cfg(test)]
+mod sample;
+mod table;
+mod words;
+
 use serde::{Deserialize, Serialize};
 
 /// Everything a run found out. `report.json` is this value.

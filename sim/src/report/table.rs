@@ -1,0 +1,146 @@
+//! The short table that a run prints at its end. The page (`html.rs`) says the same and more.
+
+use super::{Report, Scores, words};
+
+/// Width of the column that names a row.
+const NAME: usize = 22;
+
+/// The table, lines ended by line breaks; at most 100 columns unless a name is long.
+pub(crate) fn table(report: &Report) -> String {
+    let mut lines = vec![title(report), String::new(), columns()];
+    lines.push(row("base", &report.base));
+    lines.push(row("central training", &report.central.scores));
+    lines.push(row("federated", &report.r#final.scores));
+    lines.push(cells(
+        "share of the gain",
+        &words::percent(report.gain.seen),
+        "",
+        &words::percent(report.gain.heldout),
+        "",
+    ));
+    lines.push(String::new());
+    lines.push(local_only(report));
+    lines.push(fleet(report));
+    lines.extend(release(report));
+    lines.push(cost(report));
+    lines.push(format!("adapter     sha256 {}, seed {}", report.r#final.adapter_sha256, report.seed));
+    lines.push(privacy(report));
+    lines.push(String::new());
+    lines.push(format!("{}.", words::headline(report)));
+    lines.push(format!("{}.", words::against_local_only(report)));
+    lines.push(String::new());
+    lines.join("\n").replace('\u{a0}', " ")
+}
+
+fn title(report: &Report) -> String {
+    format!(
+        "{}: {} parameters, adapter of {} values; {}, {} held out",
+        plain(&report.model.name),
+        words::count(report.model.parameters),
+        words::count(report.model.trainable),
+        words::plural(report.data.users as u64, "user"),
+        words::count(report.data.heldout_users as u64)
+    )
+}
+
+fn columns() -> String {
+    cells("NLL, nats a token", "seen", "accuracy", "held-out", "accuracy")
+}
+
+fn row(name: &str, scores: &Scores) -> String {
+    let Scores { eval_nll, heldout_nll, eval_accuracy, heldout_accuracy } = *scores;
+    cells(
+        name,
+        &words::nll(eval_nll),
+        &words::percent(eval_accuracy),
+        &words::nll(heldout_nll),
+        &words::percent(heldout_accuracy),
+    )
+}
+
+fn cells(name: &str, seen: &str, seen_accuracy: &str, heldout: &str, heldout_accuracy: &str) -> String {
+    let line = format!("{name:<NAME$}{seen:>10}{seen_accuracy:>10}{heldout:>12}{heldout_accuracy:>10}");
+    line.trim_end().into()
+}
+
+fn local_only(report: &Report) -> String {
+    let local = &report.local_only;
+    format!(
+        "own texts   of {}: base {}, alone after {} {}, federated {}",
+        words::plural(local.devices.len() as u64, "device"),
+        words::nll(local.base_eval_nll),
+        words::plural(u64::from(local.steps), "step"),
+        words::nll(local.eval_nll),
+        words::nll(local.federated_eval_nll)
+    )
+}
+
+fn fleet(report: &Report) -> String {
+    let sum = |count: fn(&super::RoundReport) -> u32| -> u64 {
+        report.rounds.iter().map(|round| u64::from(count(round))).sum()
+    };
+    format!(
+        "fleet       {}, {} from {} selected, {} dropped, {} tokens",
+        words::plural(report.rounds.len() as u64, "round"),
+        words::plural(sum(|round| round.completed), "contribution"),
+        words::count(sum(|round| round.selected)),
+        words::count(sum(|round| round.dropped)),
+        words::count(report.rounds.last().map_or(0, |round| round.tokens))
+    )
+}
+
+fn release(report: &Report) -> Option<String> {
+    let release = report.release.as_ref()?;
+    Some(format!(
+        "release     version {}: base {}, adapter {}; runs on {}, NLL {}",
+        release.version,
+        words::bytes(release.base_bytes),
+        words::bytes(release.adapter_bytes),
+        words::plural(u64::from(release.devices_active), "device"),
+        words::nll(release.eval_nll)
+    ))
+}
+
+fn cost(report: &Report) -> String {
+    format!(
+        "cost        {} on {}, peak memory {:.0} MiB",
+        words::duration(report.seconds),
+        words::plural(report.threads as u64, "thread"),
+        report.peak_rss_mib
+    )
+}
+
+fn privacy(report: &Report) -> String {
+    let name = if words::is_private(report) { "privacy    " } else { "NOT PRIVATE" };
+    format!("{name} {} ({})", plain(&report.privacy_in_words), plain(&report.aggregation))
+}
+
+/// Names come from files: a terminal must not take orders from them.
+fn plain(text: &str) -> String {
+    text.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::sample, *};
+
+    #[test]
+    fn fits_a_terminal_and_holds_the_figures() {
+        let table = table(&sample::report());
+        let lines: Vec<&str> = table.lines().collect();
+        assert!((12..=20).contains(&lines.len()), "{table}");
+        assert_eq!(lines[5], "federated                  4.211    29.8 %       4.184    30.2 %");
+        assert_eq!(lines[6], "share of the gain         94.7 %                95.7 %");
+        assert!(
+            table.contains("NOT PRIVATE The coordinator of the simulation saw every clipped update."),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        let mut report = sample::report();
+        report.model.name = "evil\u{1b}[2Jname".into();
+        assert!(table(&report).starts_with("evil [2Jname: 2,012,544 parameters"));
+    }
+}
