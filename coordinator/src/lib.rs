@@ -1,1 +1,23 @@
-//! placeholder
+//! The coordinator: tasks, rounds, server optimizers, checkpoints and releases.
+//!
+//! The core ([`Core`]) is a value without a socket, a clock, a file or a random source of its own: calls
+//! and times go in, answers, [`Commit`]s and [`CoreEvent`]s come out. The simulator runs it as it is. With
+//! the feature `server` a shell stands around it: configuration, SQLite and blob store, gRPC.
+
+pub mod limits;
+pub mod optimizer;
+
+mod machine;
+
+#[cfg(feature = "server")]
+pub mod config;
+#[cfg(feature = "server")]
+pub mod serve;
+#[cfg(feature = "server")]
+pub mod store;
+
+pub use machine::{
+    Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, PacePolicy, PublishedRelease, RoundOutcome, RoundRecord,
+    TaskProgress, TaskSpec, TaskStatus,
+};
+pub use optimizer::ServerOptimizer;

@@ -1,0 +1,310 @@
+//! One task: its plan, its progress, and the stage it is in. The stages go committing -> ready -> open ->
+//! committing, round by round, until the task is finished or its plan expires.
+
+use super::{
+    CoreSetup,
+    commit::{Commit, CommitId, TaskProgress},
+    error::CoreError,
+    session::SessionKey,
+};
+use crate::{
+    limits::{ATTEMPT_DELAY_MS_MAX, ATTEMPT_DELAY_MS_MIN, backoff_ms},
+    optimizer::ServerOptimizer,
+};
+use fleetune_model::{
+    adapter::{Adapter, AdapterLayout, LoraConfig},
+    base::BaseModel,
+};
+use fleetune_proto::{
+    AdapterPlan, AggregationPlan, Digest, Name, Purpose, TaskOffer, TaskPlan, TrainingPlan, UnixMillis,
+    round::{Participant, Phase, Round, RoundCounts, RoundId, RoundPolicy},
+    seal,
+};
+use std::sync::Arc;
+
+/// What an operator asks for: one adapter, trained over some rounds, released at the end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskSpec {
+    /// The task.
+    pub name: Name,
+    /// Shape of the adapter.
+    pub lora: LoraConfig,
+    /// Local training.
+    pub training: TrainingPlan,
+    /// From the update to the aggregate.
+    pub aggregation: AggregationPlan,
+    /// Rounds to run.
+    pub rounds: u32,
+    /// Selection and deadlines of a round.
+    pub round_policy: RoundPolicy,
+    /// From the aggregate to the next adapter.
+    pub server_optimizer: ServerOptimizer,
+    /// The plan is void after this time.
+    pub expires: UnixMillis,
+    /// How long the release may be installed.
+    pub release_valid_ms: u64,
+}
+
+/// Where a task stands, for people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskStatus {
+    /// The round that is due, from 0; the number of rounds once it is finished.
+    pub round: u32,
+    /// Its attempt, from 0.
+    pub attempt: u32,
+    /// Rounds the task runs.
+    pub rounds: u32,
+    /// `committing`, `ready`, `selecting`, `collecting`, `finished` or `expired`.
+    pub stage: &'static str,
+    /// The numbers of the round that is open.
+    pub counts: RoundCounts,
+    /// The adapter that the round starts from.
+    pub checkpoint: Digest,
+}
+
+pub(super) struct Task {
+    pub(super) spec: TaskSpec,
+    pub(super) base: Arc<BaseModel>,
+    pub(super) layout: Arc<AdapterLayout>,
+    pub(super) plan: TaskPlan,
+    pub(super) plan_envelope: Vec<u8>,
+    pub(super) progress: Arc<TaskProgress>,
+    pub(super) checkpoint: Digest,
+    pub(super) stage: Stage,
+    /// When the task last took a device, as a count: tasks take turns.
+    pub(super) last_turn: u64,
+}
+
+pub(super) enum Stage {
+    /// The next attempt opens with the first device that asks, from this time.
+    Ready(UnixMillis),
+    Open(Box<OpenRound>),
+    Committing(Box<Pending>),
+    Finished,
+    Expired,
+}
+
+pub(super) struct OpenRound {
+    pub(super) round: Round,
+    pub(super) opened: UnixMillis,
+    pub(super) sessions: Vec<SessionKey>,
+}
+
+/// A commit that is not durable yet.
+pub(super) struct Pending {
+    pub(super) commit: Commit,
+    pub(super) offered: bool,
+    pub(super) retry_at: Option<UnixMillis>,
+    pub(super) failures: u32,
+}
+
+impl Task {
+    /// Checks everything, and offers the first (or resumed) checkpoint to be kept.
+    pub(super) fn new(
+        spec: TaskSpec,
+        base: Arc<BaseModel>,
+        base_digest: Digest,
+        resume: Option<TaskProgress>,
+        setup: &CoreSetup,
+        commit_id: CommitId,
+    ) -> Result<Self, CoreError> {
+        let task = spec.name.clone();
+        let layout = AdapterLayout::new(&base.config, &spec.lora)
+            .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
+        let layout = Arc::new(layout);
+        let plan = checked_plan(&spec, &base, base_digest, &layout, setup)?;
+        let plan_envelope = seal(Purpose::Plan, plan.to_bytes(), &[&setup.signing_key]);
+        let progress = Arc::new(first_progress(&spec, &layout, resume)?);
+        let adapter = Adapter::new(layout.clone(), progress.adapter.clone())
+            .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
+        let bytes = Arc::new(adapter.to_checkpoint_bytes());
+        let checkpoint = Digest::of(&bytes);
+        let stage = if progress.round >= spec.rounds {
+            Stage::Finished
+        } else {
+            let blobs = vec![(checkpoint, bytes)];
+            let progress = progress.clone();
+            let commit =
+                Commit { id: commit_id, task, checkpoint, blobs, progress, record: None, release: None };
+            Stage::Committing(Box::new(Pending::new(commit)))
+        };
+        Ok(Self { spec, base, layout, plan, plan_envelope, progress, checkpoint, stage, last_turn: 0 })
+    }
+
+    pub(super) fn offer(&self) -> TaskOffer {
+        TaskOffer {
+            task: self.spec.name.clone(),
+            examples_min: self.spec.training.examples_min,
+            protocol: self.spec.aggregation.protocol,
+        }
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        match self.stage {
+            Stage::Ready(_) | Stage::Open(_) | Stage::Committing(_) => true,
+            Stage::Finished | Stage::Expired => false,
+        }
+    }
+
+    /// True if a device that asks now would get a place.
+    pub(super) fn accepts(&self, now: UnixMillis) -> bool {
+        match &self.stage {
+            Stage::Ready(not_before) => now >= *not_before && now < self.spec.expires,
+            Stage::Open(open) => open.round.phase() == Phase::Selecting,
+            Stage::Committing(_) | Stage::Finished | Stage::Expired => false,
+        }
+    }
+
+    /// Gives a device a place, opening the attempt if it is the first. The caller has asked
+    /// [`Task::accepts`]. True in the second place if the attempt was opened.
+    pub(super) fn join(&mut self, now: UnixMillis) -> Option<(Participant, bool)> {
+        let opens = matches!(self.stage, Stage::Ready(_));
+        if opens {
+            self.stage = Stage::Open(Box::new(self.open_round(now)));
+        }
+        let participant = self.open()?.round.handle_join(now)?;
+        Some((participant, opens))
+    }
+
+    pub(super) fn open(&mut self) -> Option<&mut OpenRound> {
+        match &mut self.stage {
+            Stage::Open(open) => Some(open),
+            Stage::Ready(_) | Stage::Committing(_) | Stage::Finished | Stage::Expired => None,
+        }
+    }
+
+    pub(super) fn pending(&mut self) -> Option<&mut Pending> {
+        match &mut self.stage {
+            Stage::Committing(pending) => Some(pending),
+            Stage::Ready(_) | Stage::Open(_) | Stage::Finished | Stage::Expired => None,
+        }
+    }
+
+    /// The commit is durable: on to the next round, or the end.
+    pub(super) fn committed(&mut self, now: UnixMillis) {
+        let Some(pending) = self.pending() else { return };
+        let (progress, checkpoint) = (pending.commit.progress.clone(), pending.commit.checkpoint);
+        let delay = match progress.attempt {
+            0 => 0,
+            attempt => backoff_ms(ATTEMPT_DELAY_MS_MIN, ATTEMPT_DELAY_MS_MAX, attempt - 1),
+        };
+        let finished = progress.round >= self.spec.rounds;
+        self.stage = if finished { Stage::Finished } else { Stage::Ready(now.plus(delay)) };
+        (self.progress, self.checkpoint) = (progress, checkpoint);
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<UnixMillis> {
+        match &self.stage {
+            Stage::Ready(_) => Some(self.spec.expires),
+            Stage::Open(open) => open.round.poll_timeout().map(|(at, _)| at),
+            Stage::Committing(pending) => pending.retry_at,
+            Stage::Finished | Stage::Expired => None,
+        }
+    }
+
+    pub(super) fn status(&self) -> TaskStatus {
+        let (stage, counts) = match &self.stage {
+            Stage::Ready(_) => ("ready", RoundCounts::default()),
+            Stage::Open(open) if open.round.phase() == Phase::Selecting => ("selecting", open.round.counts()),
+            Stage::Open(open) => ("collecting", open.round.counts()),
+            Stage::Committing(_) => ("committing", RoundCounts::default()),
+            Stage::Finished => ("finished", RoundCounts::default()),
+            Stage::Expired => ("expired", RoundCounts::default()),
+        };
+        let (round, attempt, rounds) = (self.progress.round, self.progress.attempt, self.spec.rounds);
+        TaskStatus { round, attempt, rounds, stage, counts, checkpoint: self.checkpoint }
+    }
+
+    fn open_round(&self, now: UnixMillis) -> OpenRound {
+        let (round, attempt) = (self.progress.round, self.progress.attempt);
+        let id = RoundId { task: self.spec.name.clone(), round, attempt };
+        let (policy, plan) = (self.spec.round_policy, &self.plan.aggregation);
+        let round = Round::open(id, policy, plan, self.layout.len(), now);
+        OpenRound { round, opened: now, sessions: Vec::new() }
+    }
+}
+
+impl Pending {
+    pub(super) fn new(commit: Commit) -> Self {
+        Self { commit, offered: false, retry_at: None, failures: 0 }
+    }
+}
+
+/// Where the task begins, or goes on: an attempt that may have been under way is not taken up again.
+fn first_progress(
+    spec: &TaskSpec,
+    layout: &Arc<AdapterLayout>,
+    resume: Option<TaskProgress>,
+) -> Result<TaskProgress, CoreError> {
+    let dimension = layout.len();
+    let mut progress = match resume {
+        Some(held) => TaskProgress { attempt: held.attempt.saturating_add(1), ..held },
+        None => TaskProgress { adapter: Adapter::init(layout.clone()).values, ..TaskProgress::default() },
+    };
+    if progress.optimizer_state.is_empty() {
+        progress.optimizer_state = spec.server_optimizer.initial_state(dimension);
+    }
+    spec.server_optimizer
+        .check()
+        .and_then(|()| spec.server_optimizer.check_state(&progress.optimizer_state, dimension))
+        .map_err(|source| CoreError::Optimizer { task: spec.name.clone(), source })?;
+    Ok(progress)
+}
+
+/// The plan as devices will read it: parsed back from its bytes, so that no device refuses its form.
+fn checked_plan(
+    spec: &TaskSpec,
+    base: &BaseModel,
+    base_digest: Digest,
+    layout: &AdapterLayout,
+    setup: &CoreSetup,
+) -> Result<TaskPlan, CoreError> {
+    if base_digest.sha256 != base.sha256 {
+        let opened = Digest { sha256: base.sha256, size: base_digest.size }.hex();
+        return Err(CoreError::Base { task: spec.name.clone(), digest: base_digest.hex(), opened });
+    }
+    let plan = TaskPlan {
+        population: setup.population.clone(),
+        task: spec.name.clone(),
+        base_model: base_digest,
+        adapter: adapter_plan(layout),
+        training: spec.training.clone(),
+        aggregation: spec.aggregation,
+        rounds: spec.rounds,
+        expires: spec.expires,
+    };
+    check_round_policy(spec)?;
+    TaskPlan::parse(&plan.to_bytes()).map_err(|source| CoreError::Plan { task: spec.name.clone(), source })
+}
+
+fn adapter_plan(layout: &AdapterLayout) -> AdapterPlan {
+    let config = layout.config();
+    AdapterPlan {
+        rank: u32::try_from(config.rank).expect("the layout bounds the rank"),
+        alpha: config.alpha,
+        targets: config.targets.iter().map(|target| target.name().to_owned()).collect(),
+        freeze_a: config.freeze_a,
+        init_seed: config.init_seed,
+        layout_sha256: layout.sha256(),
+        dimension: layout.len(),
+    }
+}
+
+fn check_round_policy(spec: &TaskSpec) -> Result<(), CoreError> {
+    let (policy, plan) = (&spec.round_policy, &spec.aggregation);
+    let rules = [
+        (
+            policy.selected_max <= fleetune_proto::COHORT_MAX,
+            "selected_max is above the protocol's largest cohort",
+        ),
+        (policy.selected_max >= policy.report_goal, "selected_max is below report_goal"),
+        (policy.report_goal >= policy.reports_min, "report_goal is below reports_min"),
+        (policy.reports_min >= plan.summands_min, "reports_min is below the plan's summands_min"),
+        (policy.report_goal <= plan.summands_max, "report_goal is above the plan's summands_max"),
+        (policy.selection_ms > 0 && policy.report_ms > 0, "a deadline is zero"),
+    ];
+    match rules.iter().find(|(holds, _)| !holds) {
+        Some((_, problem)) => Err(CoreError::RoundPolicy { task: spec.name.clone(), problem }),
+        None => Ok(()),
+    }
+}

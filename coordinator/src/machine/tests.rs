@@ -1,0 +1,1 @@
+//! The core against the shipped device machine, in virtual time.
