@@ -1,0 +1,63 @@
+//! Model bytes that many tensors share: a mapped file, a constant in the program, or a vector.
+
+#![allow(unsafe_code, reason = "memory-mapping a file is unsafe by its nature; see the one SAFETY comment")]
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::error::ModelError;
+
+/// Bytes that are cheap to clone; made from a `Vec<u8>` or a `&'static [u8]`, or by mapping a file.
+#[derive(Clone)]
+pub struct SharedBytes(Source);
+
+#[derive(Clone)]
+enum Source {
+    Mapped(Arc<Mmap>),
+    Static(&'static [u8]),
+    Owned(Arc<Vec<u8>>),
+}
+
+impl SharedBytes {
+    /// Maps a file for reading; an empty file gives no bytes.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`].
+    pub fn map(path: &Path) -> Result<Self, ModelError> {
+        let failed = |source| ModelError::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.len() == 0 {
+            return Ok(Self(Source::Static(&[])));
+        }
+        // SAFETY: the map is read-only and private to this process. A base model is named by the hash of its
+        // bytes and replaced as a whole, never edited in place; a program that truncates it while it is in
+        // use gets a bus error, as with every mapped program or library file.
+        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
+        Ok(Self(Source::Mapped(Arc::new(map))))
+    }
+}
+
+impl From<Vec<u8>> for SharedBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(Source::Owned(Arc::new(bytes)))
+    }
+}
+
+impl From<&'static [u8]> for SharedBytes {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self(Source::Static(bytes))
+    }
+}
+
+impl AsRef<[u8]> for SharedBytes {
+    fn as_ref(&self) -> &[u8] {
+        match &self.0 {
+            Source::Mapped(map) => map,
+            Source::Static(bytes) => bytes,
+            Source::Owned(bytes) => bytes,
+        }
+    }
+}

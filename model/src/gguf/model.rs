@@ -1,0 +1,247 @@
+//! The keys and tensors of architecture `llama` in a GGUF file, and the base model they make, both ways.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+
+use sha2::{Digest, Sha256};
+
+use super::{Gguf, Metadata, MetadataValue, TensorEntry};
+use crate::base::{BaseModel, LayerWeights, check_vocabulary};
+use crate::bytes::SharedBytes;
+use crate::config::{ModelConfig, Projection};
+use crate::error::ModelError;
+use crate::tokenizer::Tokenizer;
+use crate::weights::WeightFormat;
+
+const ARCHITECTURE: &str = "llama";
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+const TOKEN_EMBEDDING: &str = "token_embd.weight";
+const OUTPUT_NORM: &str = "output_norm.weight";
+const OUTPUT: &str = "output.weight";
+/// Llama's own base of the rotary frequencies, where a file names none.
+const ROPE_BASE: f32 = 10_000.0;
+
+/// Keys that would change the computation, and the only values that leave it as it is here.
+const UNSUPPORTED: [(&str, &[&str]); 7] = [
+    ("llama.rope.scaling.type", &["none"]),
+    ("llama.expert_count", &["0"]),
+    ("llama.attention.sliding_window", &["0"]),
+    ("llama.attention.clamp_kqv", &["0"]),
+    ("llama.attention.scale", &["0"]),
+    ("llama.logit_scale", &["0", "1"]),
+    ("llama.embedding_scale", &["0", "1"]),
+];
+
+/// The name of a layer's tensor, as in `blk.0.attn_q.weight`.
+pub(crate) fn layer_tensor(layer: usize, name: &str) -> String {
+    format!("blk.{layer}.{name}.weight")
+}
+
+/// Reads a base model from the bytes of a GGUF file.
+pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
+    let sha256 = Sha256::digest(bytes.as_ref()).into();
+    let file = Gguf::parse(bytes)?;
+    let config = read_config(&file)?;
+    check_tensor_names(&file, &config)?;
+    let tokenizer = Tokenizer::from_gguf(&file.metadata)?;
+    check_vocabulary(&tokenizer, config.vocab_size)?;
+    let (vocab, hidden) = (config.vocab_size, config.hidden);
+    let has_output = file.tensor_names().any(|name| name == OUTPUT);
+    Ok(BaseModel {
+        token_embedding: file.matrix(TOKEN_EMBEDDING, vocab, hidden)?,
+        layers: (0..config.layers).map(|layer| read_layer(&file, &config, layer)).collect::<Result<_, _>>()?,
+        output_norm: file.vector(OUTPUT_NORM, hidden)?,
+        output: has_output.then(|| file.matrix(OUTPUT, vocab, hidden)).transpose()?,
+        chat_template: file.metadata.optional_string(CHAT_TEMPLATE)?.map(str::to_owned),
+        config,
+        tokenizer,
+        sha256,
+    })
+}
+
+/// Writes the model as a GGUF file.
+pub(crate) fn write(model: &BaseModel, extra: &Metadata, out: &mut dyn Write) -> io::Result<()> {
+    let mut metadata = metadata(model);
+    metadata.extend(extra);
+    super::write(&metadata, &tensors(model), out)
+}
+
+/// The same file in memory.
+pub(crate) fn to_bytes(model: &BaseModel, extra: &Metadata) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    write(model, extra, &mut bytes).expect("a vector takes all bytes");
+    bytes
+}
+
+/// The hash of the file, which is never held in memory.
+pub(crate) fn sha256_when_written(model: &BaseModel) -> [u8; 32] {
+    let mut hash = HashWriter(Sha256::new());
+    write(model, &Metadata::default(), &mut hash).expect("a hash takes all bytes");
+    hash.0.finalize().into()
+}
+
+struct HashWriter(Sha256);
+
+impl Write for HashWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn read_config(file: &Gguf) -> Result<ModelConfig, ModelError> {
+    let metadata = &file.metadata;
+    let architecture = metadata.string("general.architecture")?;
+    if architecture != ARCHITECTURE {
+        return Err(ModelError::UnknownArchitecture { found: architecture.to_owned() });
+    }
+    refuse_other_computations(metadata)?;
+    let size = |key: &str| metadata.u32(key).map(|size| size as usize);
+    let hidden = size("llama.embedding_length")?;
+    let heads = size("llama.attention.head_count")?;
+    let kv_heads = metadata.optional_u32("llama.attention.head_count_kv")?;
+    let config = ModelConfig {
+        name: metadata.optional_string("general.name")?.unwrap_or("unnamed").to_owned(),
+        vocab_size: file.shape(TOKEN_EMBEDDING)?.0,
+        hidden,
+        layers: size("llama.block_count")?,
+        feed_forward: size("llama.feed_forward_length")?,
+        heads,
+        kv_heads: kv_heads.map_or(heads, |count| count as usize),
+        head_dim: head_dim(metadata, hidden, heads)?,
+        context_length: size("llama.context_length")?,
+        rope_base: metadata.optional_f32("llama.rope.freq_base")?.unwrap_or(ROPE_BASE),
+        rms_eps: metadata.f32("llama.attention.layer_norm_rms_epsilon")?,
+    };
+    config.validated()
+}
+
+/// From the key length if there is one; keys, values and rotated parts must all be that long.
+fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize, ModelError> {
+    let split = || hidden.checked_div(heads).filter(|dim| dim * heads == hidden);
+    let uneven = || ModelError::Config { field: "heads", reason: format!("{heads} do not divide {hidden}") };
+    let dim = match metadata.optional_u32("llama.attention.key_length")? {
+        Some(dim) => dim as usize,
+        None => split().ok_or_else(uneven)?,
+    };
+    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+        let found = metadata.optional_u32(key)?.map_or(dim, |found| found as usize);
+        if found != dim {
+            return Err(unsupported(key, found, format!("must be the head length, {dim}")));
+        }
+    }
+    Ok(dim)
+}
+
+fn refuse_other_computations(metadata: &Metadata) -> Result<(), ModelError> {
+    for (key, neutral) in UNSUPPORTED {
+        let Some(value) = metadata.value(key) else { continue };
+        let found = plain_text(value);
+        if !neutral.contains(&found.as_str()) {
+            return Err(unsupported(key, found, format!("only {} is supported", neutral.join(" or "))));
+        }
+    }
+    Ok(())
+}
+
+fn plain_text(value: &MetadataValue) -> String {
+    if let MetadataValue::String(text) = value {
+        return text.clone();
+    }
+    let number = value.integer().map(|number| number.to_string());
+    let number = number.or_else(|| value.float().map(|number| number.to_string()));
+    number.unwrap_or_else(|| value.type_name().to_owned())
+}
+
+fn unsupported(key: &str, found: impl ToString, reason: String) -> ModelError {
+    ModelError::Unsupported { key: key.to_owned(), found: found.to_string(), reason }
+}
+
+/// Biases, rotary factors, experts: what is not read here must not be there.
+fn check_tensor_names(file: &Gguf, config: &ModelConfig) -> Result<(), ModelError> {
+    let known: BTreeSet<String> = tensor_names(config.layers).into_iter().collect();
+    match file.tensor_names().find(|&name| !known.contains(name)) {
+        Some(name) => Err(ModelError::UnexpectedTensor { tensor: name.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+fn tensor_names(layers: usize) -> Vec<String> {
+    let mut names = [TOKEN_EMBEDDING, OUTPUT_NORM, OUTPUT].map(str::to_owned).to_vec();
+    for layer in 0..layers {
+        names.extend(["attn_norm", "ffn_norm"].map(|name| layer_tensor(layer, name)));
+        names.extend(Projection::ALL.map(|projection| layer_tensor(layer, projection.gguf_name())));
+    }
+    names
+}
+
+fn read_layer(file: &Gguf, config: &ModelConfig, layer: usize) -> Result<LayerWeights, ModelError> {
+    let matrix = |projection: Projection| {
+        let (rows, cols) = projection.shape(config);
+        file.matrix(&layer_tensor(layer, projection.gguf_name()), rows, cols)
+    };
+    let [q, k, v, o, gate, up, down] = Projection::ALL.map(matrix);
+    Ok(LayerWeights {
+        attn_norm: file.vector(&layer_tensor(layer, "attn_norm"), config.hidden)?,
+        ffn_norm: file.vector(&layer_tensor(layer, "ffn_norm"), config.hidden)?,
+        projections: [q?, k?, v?, o?, gate?, up?, down?],
+    })
+}
+
+fn metadata(model: &BaseModel) -> Metadata {
+    let config = &model.config;
+    let mut metadata = Metadata::default();
+    metadata.set("general.architecture", ARCHITECTURE);
+    metadata.set("general.type", "model");
+    metadata.set("general.name", config.name.as_str());
+    metadata.set("general.file_type", file_type(model.layers[0].projections[0].format()));
+    metadata.set("general.quantization_version", 2u32);
+    let sizes = [
+        ("llama.block_count", config.layers),
+        ("llama.context_length", config.context_length),
+        ("llama.embedding_length", config.hidden),
+        ("llama.feed_forward_length", config.feed_forward),
+        ("llama.attention.head_count", config.heads),
+        ("llama.attention.head_count_kv", config.kv_heads),
+        ("llama.attention.key_length", config.head_dim),
+        ("llama.attention.value_length", config.head_dim),
+        ("llama.rope.dimension_count", config.head_dim),
+        ("llama.vocab_size", config.vocab_size),
+    ];
+    sizes.into_iter().for_each(|(key, size)| metadata.set(key, size as u32));
+    metadata.set("llama.rope.freq_base", config.rope_base);
+    metadata.set("llama.attention.layer_norm_rms_epsilon", config.rms_eps);
+    model.tokenizer.write_gguf(&mut metadata);
+    model.chat_template.iter().for_each(|template| metadata.set(CHAT_TEMPLATE, template.as_str()));
+    metadata
+}
+
+/// llama.cpp's number for a file that is mostly of that format.
+fn file_type(format: WeightFormat) -> u32 {
+    match format {
+        WeightFormat::F32 => 0,
+        WeightFormat::F16 => 1,
+        WeightFormat::Q4_0 => 2,
+        WeightFormat::Q4_1 => 3,
+        WeightFormat::Q8_0 => 7,
+        WeightFormat::BF16 => 32,
+    }
+}
+
+fn tensors(model: &BaseModel) -> Vec<TensorEntry<'_>> {
+    let mut tensors = vec![TensorEntry::of_matrix(TOKEN_EMBEDDING.to_owned(), &model.token_embedding)];
+    for (index, layer) in model.layers.iter().enumerate() {
+        tensors.push(TensorEntry::of_vector(layer_tensor(index, "attn_norm"), &layer.attn_norm));
+        tensors.push(TensorEntry::of_vector(layer_tensor(index, "ffn_norm"), &layer.ffn_norm));
+        tensors.extend(Projection::ALL.map(|projection| {
+            TensorEntry::of_matrix(layer_tensor(index, projection.gguf_name()), layer.projection(projection))
+        }));
+    }
+    tensors.push(TensorEntry::of_vector(OUTPUT_NORM.to_owned(), &model.output_norm));
+    tensors.extend(model.output.as_ref().map(|output| TensorEntry::of_matrix(OUTPUT.to_owned(), output)));
+    tensors
+}

@@ -1,0 +1,326 @@
+//! A base model from a Hugging Face folder: `config.json`, `tokenizer.json` and one or more safetensors
+//! files, which are mapped. Rows of Q and K are brought into GGUF order; nothing is quantized.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::base::{BaseModel, LayerWeights, ModelParts, check_shape};
+use crate::bytes::SharedBytes;
+use crate::config::{ModelConfig, Projection};
+use crate::error::ModelError;
+use crate::rotary;
+use crate::tokenizer::{TokenRoles, Tokenizer};
+use crate::weights::{WeightFormat, WeightMatrix};
+
+/// Small files are read whole; beyond this they are no configuration or vocabulary.
+const JSON_BYTES_MAX: u64 = 64 << 20;
+
+const TOKEN_EMBEDDING: &str = "model.embed_tokens.weight";
+const OUTPUT_NORM: &str = "model.norm.weight";
+const OUTPUT: &str = "lm_head.weight";
+
+/// Opens the folder.
+pub(crate) fn open(folder: &Path) -> Result<BaseModel, ModelError> {
+    let config_path = folder.join("config.json");
+    let settings: Settings = read_json(&config_path)?;
+    let config = settings.model_config(folder).map_err(|error| error.in_file(&config_path))?;
+    let beside: TokenizerSettings = read_json_if_there(&folder.join("tokenizer_config.json"))?;
+    let tokenizer_path = folder.join("tokenizer.json");
+    let tokenizer = Tokenizer::from_json(&read_small(&tokenizer_path)?, &settings.roles(&beside))
+        .map_err(|error| error.in_file(&tokenizer_path))?;
+    let weights = Weights::open(folder)?;
+    let parts = assemble(&weights, config, settings.tie_word_embeddings, tokenizer, beside.chat_template());
+    parts.and_then(BaseModel::from_parts).map_err(|error| error.in_file(folder))
+}
+
+/// The fields of config.json that decide what is computed.
+#[derive(Deserialize)]
+struct Settings {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    max_position_embeddings: usize,
+    #[serde(default = "default_rope_theta")]
+    rope_theta: f32,
+    rms_norm_eps: f32,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    rope_scaling: Option<Value>,
+    hidden_act: Option<String>,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<TokenIds>,
+    pad_token_id: Option<u32>,
+}
+
+fn default_rope_theta() -> f32 {
+    10_000.0
+}
+
+/// Some models have several tokens that end an answer; the first is the one a file can name.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TokenIds {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+/// The fields of tokenizer_config.json that matter here.
+#[derive(Default, Deserialize)]
+struct TokenizerSettings {
+    #[serde(default)]
+    add_bos_token: bool,
+    #[serde(default)]
+    add_eos_token: bool,
+    chat_template: Option<Value>,
+}
+
+impl Settings {
+    fn model_config(&self, folder: &Path) -> Result<ModelConfig, ModelError> {
+        if self.model_type != "llama" {
+            return Err(ModelError::UnknownArchitecture { found: self.model_type.clone() });
+        }
+        self.refuse_other_computations()?;
+        let split = || self.hidden_size.checked_div(self.num_attention_heads).unwrap_or_default();
+        let config = ModelConfig {
+            name: folder.file_name().map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned()),
+            vocab_size: self.vocab_size,
+            hidden: self.hidden_size,
+            layers: self.num_hidden_layers,
+            feed_forward: self.intermediate_size,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+            head_dim: self.head_dim.unwrap_or_else(split),
+            context_length: self.max_position_embeddings,
+            rope_base: self.rope_theta,
+            rms_eps: self.rms_norm_eps,
+        };
+        config.validated()
+    }
+
+    fn refuse_other_computations(&self) -> Result<(), ModelError> {
+        let refuse = |key: &str, found: String, reason: &str| {
+            Err(ModelError::Unsupported { key: key.to_owned(), found, reason: reason.to_owned() })
+        };
+        if let Some(scaling) = &self.rope_scaling {
+            return refuse("rope_scaling", scaling.to_string(), "only null is supported");
+        }
+        if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != "silu") {
+            return refuse("hidden_act", act.clone(), "only silu is supported");
+        }
+        if self.attention_bias || self.mlp_bias {
+            return refuse("attention_bias or mlp_bias", "true".to_owned(), "only false is supported");
+        }
+        Ok(())
+    }
+
+    fn roles(&self, beside: &TokenizerSettings) -> TokenRoles {
+        let eos = self.eos_token_id.as_ref().and_then(|ids| match ids {
+            TokenIds::One(id) => Some(*id),
+            TokenIds::Many(ids) => ids.first().copied(),
+        });
+        TokenRoles {
+            bos: self.bos_token_id,
+            eos,
+            padding: self.pad_token_id,
+            add_bos: beside.add_bos_token,
+            add_eos: beside.add_eos_token,
+        }
+    }
+}
+
+impl TokenizerSettings {
+    /// A template that is one text; a list of named ones is left out.
+    fn chat_template(&self) -> Option<String> {
+        self.chat_template.as_ref()?.as_str().map(str::to_owned)
+    }
+}
+
+/// Every tensor of the folder: in which file, and what it is.
+struct Weights {
+    files: Vec<SharedBytes>,
+    tensors: BTreeMap<String, TensorPlace>,
+}
+
+struct TensorPlace {
+    file: usize,
+    range: std::ops::Range<usize>,
+    shape: Vec<usize>,
+    dtype: Dtype,
+}
+
+impl Weights {
+    fn open(folder: &Path) -> Result<Self, ModelError> {
+        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for path in weight_files(folder)? {
+            let bytes = SharedBytes::map(&path)?;
+            weights.index(bytes).map_err(|error| error.in_file(&path))?;
+        }
+        Ok(weights)
+    }
+
+    fn index(&mut self, bytes: SharedBytes) -> Result<(), ModelError> {
+        let broken = |error: safetensors::SafeTensorError| malformed("the header", error.to_string());
+        let all = SafeTensors::deserialize(bytes.as_ref()).map_err(broken)?;
+        let (header, _) = SafeTensors::read_metadata(bytes.as_ref()).map_err(broken)?;
+        let data = 8 + header;
+        for (name, tensor) in all.tensors() {
+            let begin = tensor.data().as_ptr() as usize - bytes.as_ref().as_ptr() as usize;
+            assert!(begin >= data, "tensors lie behind the header");
+            let range = begin..begin + tensor.data().len();
+            let place =
+                TensorPlace { file: self.files.len(), range, shape: tensor.shape().to_vec(), dtype: tensor.dtype() };
+            if self.tensors.insert(name.clone(), place).is_some() {
+                return Err(malformed(&name, "the tensor is in two files".to_owned()));
+            }
+        }
+        self.files.push(bytes);
+        Ok(())
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix, ModelError> {
+        let place = self.find(name, &[rows, cols])?;
+        let format = format_of(name, place.dtype)?;
+        WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (rows, cols), format)
+            .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        let place = self.find(name, &[len])?;
+        let format = format_of(name, place.dtype)?;
+        let vector = WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (1, len), format)
+            .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })?;
+        Ok(vector.to_f32())
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<&TensorPlace, ModelError> {
+        let missing = || ModelError::MissingTensor { tensor: name.to_owned() };
+        let place = self.tensors.get(name).ok_or_else(missing)?;
+        check_shape(name, shape, &place.shape)?;
+        Ok(place)
+    }
+}
+
+/// `model.safetensors`, or the files that its index names.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index_path = folder.join("model.safetensors.index.json");
+    if !index_path.exists() {
+        return Ok(vec![folder.join("model.safetensors")]);
+    }
+    let index: Index = read_json(&index_path)?;
+    let names: BTreeSet<String> = index.weight_map.into_values().collect();
+    let plain = |name: &String| Path::new(name).file_name().is_some_and(|last| last == name.as_str());
+    match names.iter().find(|name| !plain(name)) {
+        Some(name) => Err(malformed("weight_map", format!("{name:?} is no plain file name")).in_file(&index_path)),
+        None => Ok(names.iter().map(|name| folder.join(name)).collect()),
+    }
+}
+
+fn assemble(
+    weights: &Weights,
+    config: ModelConfig,
+    tied: bool,
+    tokenizer: Tokenizer,
+    chat_template: Option<String>,
+) -> Result<ModelParts, ModelError> {
+    check_tensor_names(weights, &config, tied)?;
+    let (vocab, hidden) = (config.vocab_size, config.hidden);
+    Ok(ModelParts {
+        tokenizer,
+        token_embedding: weights.matrix(TOKEN_EMBEDDING, vocab, hidden)?,
+        layers: (0..config.layers).map(|layer| read_layer(weights, &config, layer)).collect::<Result<_, _>>()?,
+        output_norm: weights.vector(OUTPUT_NORM, hidden)?,
+        output: (!tied).then(|| weights.matrix(OUTPUT, vocab, hidden)).transpose()?,
+        chat_template,
+        config,
+    })
+}
+
+/// A tied model may repeat its embedding as output; a table of frequencies is computed anyway.
+fn check_tensor_names(weights: &Weights, config: &ModelConfig, tied: bool) -> Result<(), ModelError> {
+    let mut known: BTreeSet<String> = [TOKEN_EMBEDDING, OUTPUT_NORM, OUTPUT].map(str::to_owned).into();
+    for layer in 0..config.layers {
+        known.extend([ATTN_NORM, FFN_NORM].map(|name| layer_tensor(layer, name)));
+        known.extend(Projection::ALL.map(|projection| layer_tensor(layer, projection.hugging_face_name())));
+        known.insert(format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
+    }
+    if let Some(name) = weights.tensors.keys().find(|name| !known.contains(*name)) {
+        return Err(ModelError::UnexpectedTensor { tensor: name.clone() });
+    }
+    let bytes = |name: &str| weights.tensors.get(name).map(|at| &weights.files[at.file].as_ref()[at.range.clone()]);
+    if tied && bytes(OUTPUT).is_some_and(|output| bytes(TOKEN_EMBEDDING) != Some(output)) {
+        return Err(malformed(OUTPUT, "differs from the embedding it is said to be tied to".to_owned()));
+    }
+    Ok(())
+}
+
+const ATTN_NORM: &str = "input_layernorm";
+const FFN_NORM: &str = "post_attention_layernorm";
+
+fn layer_tensor(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}.weight")
+}
+
+fn read_layer(weights: &Weights, config: &ModelConfig, layer: usize) -> Result<LayerWeights, ModelError> {
+    let matrix = |projection: Projection| {
+        let (rows, cols) = projection.shape(config);
+        let name = layer_tensor(layer, projection.hugging_face_name());
+        let stored = weights.matrix(&name, rows, cols)?;
+        let Some(heads) = projection.rotary_heads(config) else { return Ok(stored) };
+        let bytes = rotary::to_gguf(stored.as_bytes(), rows, heads);
+        WeightMatrix::from_bytes(bytes, rows, cols, stored.format())
+            .map_err(|source| ModelError::Weights { tensor: name, source })
+    };
+    let [q, k, v, o, gate, up, down] = Projection::ALL.map(matrix);
+    Ok(LayerWeights {
+        attn_norm: weights.vector(&layer_tensor(layer, ATTN_NORM), config.hidden)?,
+        ffn_norm: weights.vector(&layer_tensor(layer, FFN_NORM), config.hidden)?,
+        projections: [q?, k?, v?, o?, gate?, up?, down?],
+    })
+}
+
+fn format_of(name: &str, dtype: Dtype) -> Result<WeightFormat, ModelError> {
+    let formats =
+        [(Dtype::F32, WeightFormat::F32), (Dtype::F16, WeightFormat::F16), (Dtype::BF16, WeightFormat::BF16)];
+    let found = || ModelError::UnsupportedTensorType { tensor: name.to_owned(), found: format!("{dtype:?}") };
+    formats.into_iter().find(|(known, _)| *known == dtype).map(|(_, format)| format).ok_or_else(found)
+}
+
+fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let failed = |source| ModelError::Read { path: path.to_owned(), source };
+    let size = fs::metadata(path).map_err(failed)?.len();
+    if size > JSON_BYTES_MAX {
+        return Err(malformed("the file", format!("{size} bytes are more than {JSON_BYTES_MAX}")).in_file(path));
+    }
+    fs::read(path).map_err(failed)
+}
+
+fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, ModelError> {
+    let parsed = serde_json::from_slice(&read_small(path)?);
+    parsed.map_err(|error| malformed("JSON", error.to_string()).in_file(path))
+}
+
+fn read_json_if_there<T: for<'a> Deserialize<'a> + Default>(path: &Path) -> Result<T, ModelError> {
+    if path.exists() { read_json(path) } else { Ok(T::default()) }
+}
+
+fn malformed(what: &str, reason: String) -> ModelError {
+    ModelError::Malformed { what: what.to_owned(), reason }
+}

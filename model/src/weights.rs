@@ -1,0 +1,242 @@
+//! A weight matrix as it rests: its storage format and its bytes, owned or shared with the model file.
+//! How values become blocks is in `weights/quantize.rs`, the way back in `weights/dequantize.rs`.
+
+mod dequantize;
+mod quantize;
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::bytes::SharedBytes;
+use crate::error::WeightError;
+
+/// Values in one block of the quantized formats.
+pub(crate) const BLOCK: usize = 32;
+
+/// How the values of a matrix are stored; names and bytes are those of ggml.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of a single.
+    BF16,
+    /// 32 signed bytes with one half-precision scale (8.5 bits a value).
+    Q8_0,
+    /// 32 four-bit values centred on 8 with one half-precision scale (4.5 bits a value).
+    Q4_0,
+    /// 32 four-bit values with a half-precision scale and minimum (5 bits a value).
+    Q4_1,
+}
+
+impl WeightFormat {
+    /// Every format.
+    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::BF16, Self::Q8_0, Self::Q4_0, Self::Q4_1];
+
+    /// The format's name, as ggml writes it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+        }
+    }
+
+    /// The format of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// Values that are stored together, and the bytes they take.
+    #[must_use]
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::BF16 => (1, 2),
+            Self::Q8_0 => (BLOCK, 2 + BLOCK),
+            Self::Q4_0 => (BLOCK, 2 + BLOCK / 2),
+            Self::Q4_1 => (BLOCK, 4 + BLOCK / 2),
+        }
+    }
+
+    /// Bytes of a row of `cols` values, if they are whole blocks and the size is representable.
+    #[must_use]
+    pub fn row_bytes(self, cols: usize) -> Option<usize> {
+        let (values, bytes) = self.block();
+        if !cols.is_multiple_of(values) {
+            return None;
+        }
+        (cols / values).checked_mul(bytes)
+    }
+}
+
+/// A frozen weight: `rows` (out) by `cols` (in), row-major, in its format at rest.
+#[derive(Clone)]
+pub struct WeightMatrix {
+    rows: usize,
+    cols: usize,
+    format: WeightFormat,
+    storage: Storage,
+}
+
+/// `Floats` if and only if the format is F32, so that those can always be borrowed as values.
+#[derive(Clone)]
+enum Storage {
+    Floats(Floats),
+    Blocks(SharedBytes, Range<usize>),
+}
+
+#[derive(Clone)]
+enum Floats {
+    Owned(Vec<f32>),
+    /// Checked to be aligned when it was made.
+    Shared(SharedBytes, Range<usize>),
+}
+
+impl WeightMatrix {
+    /// Stores `rows * cols` values in the format, quantizing as ggml does, bit for bit.
+    ///
+    /// # Errors
+    /// When the length is not that of the shape, the columns are not whole blocks, or a value is not finite
+    /// or beyond the range of half precision where the format needs it.
+    pub fn from_f32(
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        format: WeightFormat,
+    ) -> Result<Self, WeightError> {
+        byte_len(rows, cols, format)?;
+        if values.len() != rows * cols {
+            return Err(WeightError::Length { rows, cols, expected: rows * cols, found: values.len(), unit: "values" });
+        }
+        quantize::check_range(values, format)?;
+        if format == WeightFormat::F32 {
+            let storage = Storage::Floats(Floats::Owned(values.to_vec()));
+            return Ok(Self { rows, cols, format, storage });
+        }
+        Self::from_bytes(quantize::quantize(values, format), rows, cols, format)
+    }
+
+    /// Takes bytes that are already in the format.
+    ///
+    /// # Errors
+    /// When the number of bytes is not that of the shape or the columns are not whole blocks.
+    pub fn from_bytes(
+        bytes: Vec<u8>,
+        rows: usize,
+        cols: usize,
+        format: WeightFormat,
+    ) -> Result<Self, WeightError> {
+        let range = 0..bytes.len();
+        Self::from_shared(&SharedBytes::from(bytes), range, (rows, cols), format)
+    }
+
+    /// A view of `range` in shared bytes; copies only F32 values that are not aligned.
+    pub(crate) fn from_shared(
+        bytes: &SharedBytes,
+        range: Range<usize>,
+        (rows, cols): (usize, usize),
+        format: WeightFormat,
+    ) -> Result<Self, WeightError> {
+        let expected = byte_len(rows, cols, format)?;
+        let view = bytes.as_ref().get(range.clone()).unwrap_or_default();
+        if view.len() != expected {
+            return Err(WeightError::Length { rows, cols, expected, found: view.len(), unit: "bytes" });
+        }
+        let storage = match (format, bytemuck::try_cast_slice::<u8, f32>(view)) {
+            (WeightFormat::F32, Ok(_)) => Storage::Floats(Floats::Shared(bytes.clone(), range)),
+            (WeightFormat::F32, Err(_)) => Storage::Floats(Floats::Owned(bytemuck::pod_collect_to_vec(view))),
+            (_, _) => Storage::Blocks(bytes.clone(), range),
+        };
+        Ok(Self { rows, cols, format, storage })
+    }
+
+    /// Output features.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the values are stored.
+    #[must_use]
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// The stored bytes, row after row.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.storage {
+            Storage::Floats(floats) => bytemuck::cast_slice(floats.as_slice()),
+            Storage::Blocks(bytes, range) => &bytes.as_ref()[range.clone()],
+        }
+    }
+
+    /// The values, if they are stored as F32.
+    #[must_use]
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        match &self.storage {
+            Storage::Floats(floats) => Some(floats.as_slice()),
+            Storage::Blocks(..) => None,
+        }
+    }
+
+    /// Expands `rows` rows from `first_row` into the first `rows * cols` values of `dst`; the same bits on
+    /// every processor.
+    ///
+    /// # Panics
+    /// When the rows are not in the matrix or `dst` is too short.
+    pub fn dequantize_rows(&self, first_row: usize, rows: usize, dst: &mut [f32]) {
+        assert!(first_row + rows <= self.rows, "rows {first_row}..+{rows} of {}", self.rows);
+        let dst = &mut dst[..rows * self.cols];
+        if let Some(values) = self.as_f32() {
+            return dst.copy_from_slice(&values[first_row * self.cols..][..dst.len()]);
+        }
+        let bytes = self.as_bytes();
+        let row = bytes.len() / self.rows;
+        dequantize::dequantize(self.format, &bytes[first_row * row..][..rows * row], dst);
+    }
+
+    /// All values, row-major.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        self.dequantize_rows(0, self.rows, &mut values);
+        values
+    }
+}
+
+impl Floats {
+    fn as_slice(&self) -> &[f32] {
+        match self {
+            Self::Owned(values) => values,
+            Self::Shared(bytes, range) => bytemuck::cast_slice(&bytes.as_ref()[range.clone()]),
+        }
+    }
+}
+
+impl fmt::Debug for WeightMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WeightMatrix({} x {}, {})", self.rows, self.cols, self.format.name())
+    }
+}
+
+fn byte_len(rows: usize, cols: usize, format: WeightFormat) -> Result<usize, WeightError> {
+    if rows == 0 || cols == 0 || rows.checked_mul(cols).is_none_or(|count| count > isize::MAX as usize / 4) {
+        return Err(WeightError::Shape { rows, cols });
+    }
+    let row = format.row_bytes(cols).ok_or(WeightError::Columns { format: format.name(), cols })?;
+    Ok(row * rows)
+}
