@@ -1,0 +1,123 @@
+//! Setting a client up.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+
+use fleetune_model::train::TrainerOptions;
+use fleetune_proto::device::{Device, DeviceFloors, DeviceSetup};
+use fleetune_proto::{AggregationProtocol, Name, TrustRoot};
+
+use super::Client;
+use crate::app::App;
+use crate::blobs::{self, BlobStore};
+use crate::clock::{Clock, SystemClock};
+use crate::files::StoreError;
+use crate::release::ReleaseSlots;
+use crate::state::{self, StateLock};
+use crate::transport::Transport;
+
+/// What a [`Client`] needs to know once.
+pub struct ClientBuilder {
+    state: PathBuf,
+    population: Name,
+    trust_root: TrustRoot,
+    device_class: String,
+    floors: DeviceFloors,
+    device_seed: Option<[u8; 32]>,
+    options: TrainerOptions,
+    clock: Box<dyn Clock>,
+}
+
+impl ClientBuilder {
+    /// A device of that population, with its files in `state`, that obeys only what `trust_root` signed.
+    pub fn new(state: impl Into<PathBuf>, population: Name, trust_root: TrustRoot) -> Self {
+        Self {
+            state: state.into(),
+            population,
+            trust_root,
+            device_class: String::new(),
+            floors: DeviceFloors::default(),
+            device_seed: None,
+            options: TrainerOptions::default(),
+            clock: Box::new(SystemClock),
+        }
+    }
+
+    /// The vendor's class for devices like this one; many must share it.
+    #[must_use]
+    pub fn device_class(mut self, class: impl Into<String>) -> Self {
+        self.device_class = class.into();
+        self
+    }
+
+    /// Bounds that no plan may pass, whoever signed it.
+    #[must_use]
+    pub fn floors(mut self, floors: DeviceFloors) -> Self {
+        self.floors = floors;
+        self
+    }
+
+    /// Lets the coordinator see this device's clipped update by itself. For tests and trusted silos only.
+    #[must_use]
+    pub fn insecure_allow_plaintext_aggregation(mut self) -> Self {
+        self.floors.protocols.push(AggregationProtocol::InsecurePlaintext);
+        self
+    }
+
+    /// The seed of this device's batches, kept from now on; without it one is drawn once. For tests that
+    /// compare devices with a simulation.
+    #[must_use]
+    pub fn device_seed(mut self, seed: [u8; 32]) -> Self {
+        self.device_seed = Some(seed);
+        self
+    }
+
+    /// Trains in less than half the memory and a third more time. The update is the same.
+    #[must_use]
+    pub fn low_memory(mut self) -> Self {
+        self.options.recompute = true;
+        self
+    }
+
+    /// Another clock than the system's.
+    #[must_use]
+    pub fn clock(mut self, clock: impl Clock + 'static) -> Self {
+        self.clock = Box::new(clock);
+        self
+    }
+
+    /// Opens the state directory and takes hold of it.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it cannot be used, is damaged, or another process has it.
+    pub fn build<T: Transport>(self, transport: T, app: App) -> Result<Client<T>, StoreError> {
+        let lock = StateLock::take(&self.state)?;
+        let slots = ReleaseSlots::open(&self.state)?;
+        let device_seed = state::device_seed(&self.state, self.device_seed)?;
+        let versions = slots.versions();
+        let setup = DeviceSetup {
+            population: self.population,
+            trust_root: self.trust_root,
+            device_class: self.device_class,
+            floors: self.floors.clone(),
+            release_version: versions.active.unwrap_or(0),
+            release_version_max: versions.version_max,
+        };
+        Ok(Client {
+            device: Device::new(setup, state::fresh_seed(), self.clock.now()),
+            transport,
+            app,
+            clock: self.clock,
+            blobs: BlobStore::open(blobs::in_state(&self.state))?,
+            slots,
+            floors: self.floors,
+            device_seed,
+            options: self.options,
+            base: None,
+            checkpoint: None,
+            too_little: BTreeMap::new(),
+            events: VecDeque::new(),
+            _lock: lock,
+        })
+    }
+}
