@@ -1,10 +1,10 @@
 //! What a run leaves behind: one value, written as `report.json`, drawn as `report.html`
 //! (`report/html.rs`), and printed as a short table.
 
-mod html;
+pub(crate) mod html;
 #[cfg(test)]
 mod sample;
-mod table;
+pub(crate) mod table;
 mod words;
 
 use serde::{Deserialize, Serialize};

@@ -100,7 +100,7 @@ fn privacy(report: &Report) -> String {
     let (class, title, statement) = match &report.privacy {
         None => (
             "warning",
-            "This run was not private",
+            "Privacy: none",
             "<p>In <code>report.json</code> this stands as <code>\"privacy\": null</code>: no claim of privacy is \
              made for the people whose texts were trained on.</p>"
                 .into(),
@@ -372,9 +372,9 @@ mod tests {
     #[test]
     fn a_run_without_privacy_says_so_in_words() {
         let mut report = sample::report();
-        assert!(render(&report).contains("This run was not private"));
+        assert!(render(&report).contains("Privacy: none"));
         report.privacy = Some(serde_json::json!({"epsilon": 2.0}));
-        assert!(!render(&report).contains("This run was not private"));
+        assert!(!render(&report).contains("Privacy: none"));
     }
 
     #[test]

@@ -64,8 +64,7 @@ pub(super) fn report() -> Report {
         aggregation: "insecure_plaintext".into(),
         privacy: None,
         privacy_in_words:
-            "The coordinator of the simulation saw every clipped update. There was no noise and no \
-                           secure aggregation."
+            "This run was not private: no noise was added, and the coordinator saw each clipped update."
                 .into(),
         rounds,
     }

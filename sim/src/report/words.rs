@@ -41,11 +41,6 @@ pub(super) fn against_local_only(report: &Report) -> String {
     }
 }
 
-/// True while the run makes no claim of privacy.
-pub(super) fn is_private(report: &Report) -> bool {
-    report.privacy.is_some()
-}
-
 /// "65,536".
 pub(super) fn count(value: u64) -> String {
     let digits = value.to_string();

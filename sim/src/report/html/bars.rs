@@ -33,11 +33,7 @@ pub(super) fn participation_plot(rounds: &[RoundReport]) -> String {
         x: round_axis(rounds),
         upper: None,
         y: Axis::around("devices", rounds.iter().map(|round| f64::from(total(round))).chain([0.0, 4.0]), 5),
-        legend: vec![
-            bar_entry("completed", "completed"),
-            bar_entry("dropped", "dropped"),
-            bar_entry("unneeded", "not needed"),
-        ],
+        legend: participation_legend(rounds),
     };
     let bars: String = rounds.iter().map(|round| stack(&plot, round)).collect();
     plot.draw(&bars)
@@ -72,6 +68,15 @@ pub(super) fn local_only_plot(local: &LocalOnlyReport) -> String {
         ),
         &[key, rows, caption].concat(),
     )
+}
+
+fn participation_legend(rounds: &[RoundReport]) -> Vec<LegendEntry> {
+    let mut legend =
+        vec![bar_entry("completed", "contributed"), bar_entry("dropped", "dropped out or too late")];
+    if rounds.iter().any(|round| total(round) > round.completed + round.dropped) {
+        legend.push(bar_entry("unneeded", "not needed"));
+    }
+    legend
 }
 
 fn total(round: &RoundReport) -> u32 {
