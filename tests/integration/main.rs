@@ -1,1 +1,7 @@
-//! placeholder
+//! The tests of the whole: one crate, one binary. Each module is one subject.
+
+mod architecture;
+mod disclosure;
+mod documents;
+mod ratchet;
+mod support;
