@@ -7,7 +7,7 @@
 pub mod limits;
 pub mod optimizer;
 
-mod machine;
+pub(crate) mod machine;
 
 #[cfg(feature = "server")]
 pub mod config;
@@ -17,7 +17,7 @@ pub mod serve;
 pub mod store;
 
 pub use machine::{
-    Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, PacePolicy, PublishedRelease, RoundOutcome, RoundRecord,
-    TaskProgress, TaskSpec, TaskStatus,
+    Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, PacePolicy, PublishedRelease, RoundOutcome,
+    RoundRecord, TaskProgress, TaskSpec, TaskStatus,
 };
 pub use optimizer::ServerOptimizer;

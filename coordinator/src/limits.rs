@@ -24,6 +24,14 @@ pub const PACE_SPAN_MS: u64 = 10_000;
 pub const PACE_STRETCH_MAX: u64 = 1_000;
 /// Longest device class or client version, bytes: both are short and coarse.
 pub const CAPABILITY_BYTES_MAX: usize = 64;
+/// Largest message received: a chunk, or an inline update, and its frame.
+pub const MESSAGE_BYTES_MAX: usize = fleetune_proto::CHUNK_BYTES_MAX + (64 << 10);
+/// A download whose reader takes no chunk for this long is given up.
+pub const DOWNLOAD_IDLE_MS_MAX: u64 = 30_000;
+/// How long calls under way may take to end when the coordinator stops.
+pub const SHUTDOWN_MS_MAX: u64 = 10_000;
+/// Longest sleep of the task that keeps deadlines: the clock may be set meanwhile.
+pub const TICK_MS_MAX: u64 = 10_000;
 
 /// The delay before repetition number `failures` (from 0): doubles from `min` to `max`.
 pub(crate) fn backoff_ms(min: u64, max: u64, failures: u32) -> u64 {

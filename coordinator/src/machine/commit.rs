@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// Names one commit of one core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CommitId(pub(super) u64);
+pub struct CommitId(pub(crate) u64);
 
 /// All that a task needs to go on after a restart.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
