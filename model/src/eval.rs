@@ -87,3 +87,57 @@ pub fn last_logits(base: &BaseModel, adapter: Option<&Adapter>, ids: &[u32]) -> 
     let hidden = decoder.hidden(ids, ids.len());
     Ok(decoder.head().logits(&hidden[(ids.len() - 1) * base.config.hidden..]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Projection;
+    use crate::fixtures::{adapter, base, blocks, layout};
+
+    #[test]
+    fn the_mean_is_that_of_the_tokens() {
+        let base = base();
+        let adapter = adapter(&layout(&base.config, &Projection::ALL, false));
+        let mut blocks = blocks(&base.config, 9, 30);
+        blocks[4].truncate(11);
+        let all: Vec<f64> = blocks
+            .iter()
+            .flat_map(|b| token_nlls(&base, Some(&adapter), b).unwrap())
+            .map(f64::from)
+            .collect();
+        let found = evaluate(&base, Some(&adapter), &blocks).unwrap();
+        assert_eq!(found.tokens, 8 * 30 + 10);
+        assert!((found.nll - all.iter().sum::<f64>() / all.len() as f64).abs() < 1e-5);
+        let halves = [&blocks[..4], &blocks[4..]].map(|b| evaluate(&base, Some(&adapter), b).unwrap());
+        let merged = Evaluation::merge(&halves).unwrap();
+        assert!((merged.nll - found.nll).abs() < 1e-6 && merged.tokens == found.tokens);
+        assert!((merged.accuracy - found.accuracy).abs() < 1e-9);
+        assert_ne!(found.nll, evaluate(&base, None, &blocks).unwrap().nll);
+    }
+
+    #[test]
+    fn likelihoods_and_logits_agree() {
+        let base = base();
+        let ids = blocks(&base.config, 1, 20).remove(0);
+        let logits = last_logits(&base, None, &ids[..20]).unwrap();
+        let log_sum = logits.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+        let nll = token_nlls(&base, None, &ids).unwrap();
+        assert!((log_sum - f64::from(logits[ids[20] as usize]) - f64::from(nll[19])).abs() < 1e-5);
+    }
+
+    #[test]
+    fn an_untrained_adapter_changes_nothing() {
+        let base = base();
+        let fresh = Adapter::init(layout(&base.config, &[Projection::Q, Projection::Gate], true));
+        let blocks = blocks(&base.config, 3, 12);
+        assert_eq!(evaluate(&base, Some(&fresh), &blocks).unwrap(), evaluate(&base, None, &blocks).unwrap());
+    }
+
+    #[test]
+    fn nothing_and_too_much_are_refused() {
+        let base = base();
+        assert!(matches!(evaluate(&base, None, &[]), Err(InputError::TooShort { .. })));
+        assert!(matches!(evaluate(&base, None, &[vec![0; 302]]), Err(InputError::TooLong { found: 301, limit: 300 })));
+        assert!(matches!(last_logits(&base, None, &[99_999]), Err(InputError::UnknownToken { .. })));
+    }
+}

@@ -154,6 +154,9 @@ fn most_likely(logits: &[f32]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Projection;
+    use crate::eval::last_logits;
+    use crate::fixtures::{adapter, base, blocks, layout};
 
     fn sampler(sampling: &Sampling) -> Sampler<'_> {
         Sampler { sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed) }
@@ -161,7 +164,7 @@ mod tests {
 
     #[test]
     fn top_k_and_top_p_keep_the_most_likely() {
-        let logits = [0.0f32, 3.0, 1.0, 2.0].map(|x: f32| x * 1.0);
+        let logits = [0.0f32, 3.0, 1.0, 2.0];
         let tokens = |top_k, top_p| {
             let sampling = Sampling { temperature: 1.0, top_k, top_p, ..Sampling::default() };
             sampler(&sampling).candidates(&logits).iter().map(|(t, _)| *t).collect::<Vec<_>>()
@@ -184,5 +187,43 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_equals() {
         assert_eq!(sampler(&Sampling::default()).choose(&[1.0, 2.0, 2.0]), 1);
+    }
+
+    #[test]
+    fn the_cache_changes_nothing() {
+        let base = base();
+        let adapter = adapter(&layout(&base.config, &Projection::ALL, false));
+        let prompt = &blocks(&base.config, 1, 150)[0];
+        let sampling = Sampling { max_tokens: 6, ..Sampling::default() };
+        let mut heard = Vec::new();
+        let mut hear = |token| {
+            heard.push(token);
+            ControlFlow::Continue(())
+        };
+        let made = generate(&base, Some(&adapter), prompt, &sampling, &mut hear).unwrap();
+        assert_eq!(heard, made);
+        let mut ids = prompt.clone();
+        for token in made {
+            let logits = last_logits(&base, Some(&adapter), &ids).unwrap();
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            assert!(logits[token as usize] > best - 1e-3);
+            ids.push(token);
+        }
+    }
+
+    #[test]
+    fn generation_ends_where_it_must() {
+        let base = base();
+        let mut sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_tokens: 9, ..Sampling::default() };
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let first = generate(&base, None, &[1, 2], &sampling, go_on).unwrap();
+        assert_eq!(generate(&base, None, &[1, 2], &sampling, go_on).unwrap(), first);
+        assert_eq!(generate(&base, None, &[1, 2], &sampling, &mut |_| ControlFlow::Break(())).unwrap().len(), 1);
+        sampling.max_tokens = 5;
+        assert!(generate(&base, None, &vec![1; 298], &sampling, go_on).unwrap().len() <= 2);
+        sampling.max_tokens = 0;
+        assert!(generate(&base, None, &[1], &sampling, go_on).unwrap().is_empty());
+        assert!(matches!(generate(&base, None, &[], &sampling, go_on), Err(InputError::TooShort { .. })));
+        assert!(matches!(generate(&base, None, &[1; 301], &sampling, go_on), Err(InputError::TooLong { .. })));
     }
 }

@@ -36,6 +36,8 @@ pub mod optim;
 pub mod train;
 
 #[cfg(test)]
-mod stock;
+mod fixtures;
 #[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod stock;

@@ -167,4 +167,16 @@ mod tests {
         assert_eq!(clip_gradient_norm(&mut gradient, 1.0), 5.0);
         assert!((gradient[0] - 0.6).abs() < 1e-6 && (gradient[1] - 0.8).abs() < 1e-6);
     }
+
+    #[test]
+    fn sgd_gathers_momentum() {
+        let mut optimizer = Sgd::new(0.5, 1);
+        let mut value = [1.0f32];
+        optimizer.step(&mut value, &[1.0], 0.1);
+        assert!((value[0] - 0.9).abs() < 1e-7);
+        optimizer.step(&mut value, &[1.0], 0.1);
+        assert!((value[0] - 0.75).abs() < 1e-7);
+        Sgd::new(0.0, 1).step(&mut value, &[0.5], 1.0);
+        assert!((value[0] - 0.25).abs() < 1e-7);
+    }
 }

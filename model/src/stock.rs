@@ -121,44 +121,19 @@ fn ints(values: &[i32], device: &Device) -> Tensor<1, Int> {
 }
 
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::adapter::{Adapter, AdapterLayout, Factor, LoraConfig};
+    use crate::adapter::{Adapter, Factor};
     use crate::base::BaseModel;
-    use crate::config::tests::tiny;
+    use crate::fixtures::{adapter, base_of, blocks, config, layout, noise, parameters};
     use crate::full::FullTrainer;
-    use crate::tokenizer::tests::tiny_tokenizer;
     use crate::train::{LoraTrainer, TrainerOptions};
     use crate::weights::WeightFormat;
 
     /// Largest relative error (Euclidean) between our gradients and the oracle's.
     const TOLERANCE: f64 = 1e-5;
 
-    fn model(heads: usize, kv_heads: usize, head_dim: usize) -> ModelConfig {
-        let vocab_size = tiny_tokenizer().vocab_size();
-        ModelConfig { vocab_size, heads, kv_heads, head_dim, context_length: 300, ..tiny() }
-    }
-
-    fn noise(len: usize, scale: f32, salt: u32) -> Vec<f32> {
-        let mut state = salt.wrapping_mul(747_796_405).wrapping_add(1);
-        let mut draw = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..len).map(|_| scale * draw()).collect()
-    }
-
-    /// Weights large enough for attention to matter, gains that differ.
-    fn parameters(trainer: &FullTrainer) -> Vec<f32> {
-        let spread = noise(trainer.parameter_count(), 0.2, 1);
-        let rough = |(x, n): (f32, f32)| if x == 1.0 { 1.0 + n } else { x * 8.0 };
-        trainer.initial_parameters(3).into_iter().zip(spread).map(rough).collect()
-    }
-
     fn batch(config: &ModelConfig, sequences: usize, length: usize) -> Batch {
-        let id = |i: usize| ((i * 7919 + 13) % config.vocab_size) as u32;
-        let blocks: Vec<Vec<u32>> = (0..sequences).map(|b| (0..=length).map(|i| id(b * 1000 + i * i)).collect()).collect();
+        let blocks = blocks(config, sequences, length);
         let mut batch = Batch::from_blocks(&blocks.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
         if length > 1 {
             batch.targets[length / 2] = -1;
@@ -241,12 +216,10 @@ mod tests {
     }
 
     fn check_lora(case: &LoraCase) {
-        let config = model(case.heads.0, case.heads.1, case.heads.2);
-        let full = FullTrainer::new(config.clone(), 1).unwrap();
-        let base = Arc::new(full.to_base(&parameters(&full), tiny_tokenizer(), case.format).unwrap());
-        let lora = LoraConfig { rank: 3, alpha: 6.0, targets: case.targets.to_vec(), freeze_a: case.freeze_a, init_seed: 5 };
-        let layout = Arc::new(AdapterLayout::new(&config, &lora).unwrap());
-        let adapter = Adapter::new(Arc::clone(&layout), noise(layout.len(), 0.1, 2)).unwrap();
+        let config = config(case.heads.0, case.heads.1, case.heads.2);
+        let base = base_of(&config, case.format);
+        let layout = layout(&config, case.targets, case.freeze_a);
+        let adapter = adapter(&layout);
         let batch = batch(&config, case.shape.0, case.shape.1);
         let (expected_loss, expected) = stock_lora(&base, &adapter, &batch);
         let mut trainer = LoraTrainer::new(base, layout, TrainerOptions { recompute: case.recompute }).unwrap();
@@ -315,7 +288,7 @@ mod tests {
     #[test]
     fn full_gradients_are_those_of_stock_burn_on_any_number_of_threads() {
         for (heads, kv_heads, shape) in [(4, 2, (3, 21)), (4, 4, (1, 1)), (8, 1, (2, 150))] {
-            let config = model(heads, kv_heads, 8);
+            let config = config(heads, kv_heads, 8);
             for threads in [1, 2, 4] {
                 let mut trainer = FullTrainer::new(config.clone(), threads).unwrap();
                 let parameters = parameters(&trainer);
@@ -336,7 +309,7 @@ mod tests {
     /// Independent of any autodiff: the loss along a random direction.
     #[test]
     fn gradients_agree_with_finite_differences() {
-        let config = model(4, 2, 16);
+        let config = config(4, 2, 16);
         let mut trainer = FullTrainer::new(config.clone(), 2).unwrap();
         let parameters = parameters(&trainer);
         let batch = batch(&config, 2, 12);

@@ -409,3 +409,117 @@ impl Losses {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::Adapter;
+    use crate::config::Projection;
+    use crate::fixtures::{base, blocks, layout};
+
+    fn plan() -> LocalTraining {
+        LocalTraining {
+            steps: 12,
+            batch_size: 2,
+            block_tokens: 24,
+            optimizer: OptimizerConfig::default(),
+            learning_rate: 0.02,
+            gradient_clip: Some(1.0),
+            schedule: Schedule::WarmupCosine { warmup_steps: 2, final_fraction: 0.1 },
+        }
+    }
+
+    fn trainer(recompute: bool) -> (LoraTrainer, Vec<f32>) {
+        let base = base();
+        let layout = layout(&base.config, &[Projection::Q, Projection::V, Projection::Down], false);
+        let values = Adapter::init(Arc::clone(&layout)).values;
+        (LoraTrainer::new(base, layout, TrainerOptions { recompute }).unwrap(), values)
+    }
+
+    fn trained(seed: u64, recompute: bool) -> (Vec<f32>, TrainSummary) {
+        let (mut trainer, mut values) = trainer(recompute);
+        let blocks = blocks(&trainer.base().config, 5, 24);
+        let summary = fine_tune(&mut trainer, &mut values, &blocks, &plan(), seed, &mut || false).unwrap();
+        (values, summary)
+    }
+
+    #[test]
+    fn training_learns_and_counts() {
+        let (values, summary) = trained(1, false);
+        assert!(summary.last_loss < summary.first_loss - 0.5, "{summary:?}");
+        assert_eq!((summary.steps, summary.tokens), (12, 12 * 2 * 24));
+        assert!(values.iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn the_seed_alone_decides_the_bytes() {
+        let (expected, _) = trained(1, false);
+        let others: Vec<Vec<f32>> = std::thread::scope(|scope| {
+            let runs: Vec<_> = (0..4).map(|i| scope.spawn(move || trained(1, i % 2 == 1).0)).collect();
+            runs.into_iter().map(|run| run.join().unwrap()).collect()
+        });
+        assert!(others.iter().all(|values| *values == expected));
+        assert_ne!(trained(2, false).0, expected);
+    }
+
+    #[test]
+    fn a_stopped_training_keeps_whole_steps() {
+        let (mut trainer, mut values) = trainer(false);
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let mut asked = 0;
+        let mut stop = || {
+            asked += 1;
+            asked > 3
+        };
+        let error = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut stop).unwrap_err();
+        assert_eq!(error, TrainError::Cancelled { step: 3 });
+    }
+
+    #[test]
+    fn what_cannot_be_trained_is_refused() {
+        let (mut trainer, values) = trainer(false);
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let mut check = |change: fn(&mut LocalTraining), blocks: &[Vec<u32>], value: f32| {
+            let mut plan = plan();
+            change(&mut plan);
+            let mut values = vec![value; values.len()];
+            fine_tune(&mut trainer, &mut values, blocks, &plan, 1, &mut || false).unwrap_err()
+        };
+        assert_eq!(check(|_| (), &[], 0.1), TrainError::NoData);
+        assert!(matches!(check(|p| p.steps = 0, &blocks, 0.1), TrainError::Plan { field: "steps", .. }));
+        assert!(matches!(check(|p| p.learning_rate = f32::NAN, &blocks, 0.1), TrainError::Plan { field: "learning_rate", .. }));
+        assert_eq!(check(|p| p.block_tokens = 8, &blocks, 0.1), InputError::TooLong { found: 24, limit: 8 }.into());
+        assert!(matches!(check(|_| (), &[vec![1, 100_000]], 0.1), TrainError::Input(InputError::UnknownToken { .. })));
+        assert_eq!(check(|_| (), &blocks, f32::NAN), TrainError::NonFinite { step: 0 });
+    }
+
+    #[test]
+    fn an_adapter_of_another_model_is_refused() {
+        let base = base();
+        let mut other = base.config.clone();
+        other.feed_forward += 32;
+        let layout = layout(&other, &[Projection::Q, Projection::Up], true);
+        let error = LoraTrainer::new(base, layout, TrainerOptions::default()).unwrap_err();
+        assert!(matches!(error, TrainError::Input(InputError::AdapterShape { layer: 0, projection: "up", .. })), "{error}");
+    }
+
+    #[test]
+    fn schedules_rise_and_fall() {
+        let schedule = Schedule::WarmupCosine { warmup_steps: 4, final_fraction: 0.1 };
+        assert_eq!(schedule.factor(0, 104), 0.25);
+        assert_eq!(schedule.factor(3, 104), 1.0);
+        assert!((schedule.factor(54, 104) - 0.55).abs() < 1e-6);
+        assert!((schedule.factor(104, 104) - 0.1).abs() < 1e-6);
+        assert_eq!(Schedule::Constant.factor(7, 8), 1.0);
+    }
+
+    #[test]
+    fn every_block_comes_once_an_epoch() {
+        let mut order = BatchOrder::new(7, 3);
+        for _ in 0..3 {
+            let mut epoch: Vec<usize> = (0..7).map(|_| order.pick()).collect();
+            epoch.sort_unstable();
+            assert_eq!(epoch, [0, 1, 2, 3, 4, 5, 6]);
+        }
+    }
+}
