@@ -31,7 +31,11 @@ pub(crate) fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 pub(crate) fn program(name: &str) -> PathBuf {
     let test = env::current_exe().expect("the test's own path");
     let built = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST").join(name);
-    assert!(built.exists(), "{} is not built: run `cargo build --bins` first, as tests/run does", built.display());
+    assert!(
+        built.exists(),
+        "{} is not built: run `cargo build --bins` first, as tests/run does",
+        built.display()
+    );
     built
 }
 
