@@ -21,7 +21,11 @@ struct StoredPair {
 }
 
 /// One adapter of pairs that must cover the same projections in every layer, with one rank.
-fn adapter_of_pairs(model: &ModelConfig, alpha: f32, pairs: Vec<StoredPair>) -> Result<Adapter, AdapterError> {
+fn adapter_of_pairs(
+    model: &ModelConfig,
+    alpha: f32,
+    pairs: Vec<StoredPair>,
+) -> Result<Adapter, AdapterError> {
     let first = pairs.first().ok_or_else(|| malformed("tensors", "there are none"))?;
     let rank = first.a.0.first().copied().unwrap_or_default();
     let mut targets: Vec<_> = pairs.iter().map(|pair| pair.projection).collect();

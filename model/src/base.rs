@@ -275,6 +275,8 @@ pub(crate) mod tests {
     #[test]
     fn a_missing_file_is_named() {
         let error = BaseModel::open(Path::new("no/such/model.gguf")).unwrap_err();
-        assert!(matches!(&error, ModelError::Read { .. }) && error.to_string().contains("no/such/model.gguf"));
+        assert!(
+            matches!(&error, ModelError::Read { .. }) && error.to_string().contains("no/such/model.gguf")
+        );
     }
 }

@@ -243,7 +243,8 @@ pub(crate) mod tests {
 
     #[test]
     fn refuses_sizes_that_contradict() {
-        let cases: [(&str, fn(&mut ModelConfig)); 7] = [
+        type Spoil = fn(&mut ModelConfig);
+        let cases: [(&str, Spoil); 7] = [
             ("vocab_size", |c| c.vocab_size = 0),
             ("hidden", |c| c.hidden = usize::MAX),
             ("kv_heads", |c| c.kv_heads = 3),

@@ -3,6 +3,8 @@
 
 pub(crate) mod model;
 mod read;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::collections::BTreeMap;
@@ -293,17 +295,17 @@ impl MetadataValue {
 
 impl MetadataArray {
     fn integers(&self) -> Option<Vec<i64>> {
-        fn wide<T: Copy + Into<i64>>(numbers: &[T]) -> Option<Vec<i64>> {
-            Some(numbers.iter().map(|&number| number.into()).collect())
+        fn wide<T: Copy + Into<i64>>(numbers: &[T]) -> Vec<i64> {
+            numbers.iter().map(|&number| number.into()).collect()
         }
         match self {
-            Self::U8(numbers) => wide(numbers),
-            Self::I8(numbers) => wide(numbers),
-            Self::U16(numbers) => wide(numbers),
-            Self::I16(numbers) => wide(numbers),
-            Self::U32(numbers) => wide(numbers),
-            Self::I32(numbers) => wide(numbers),
-            Self::I64(numbers) => wide(numbers),
+            Self::U8(numbers) => Some(wide(numbers)),
+            Self::I8(numbers) => Some(wide(numbers)),
+            Self::U16(numbers) => Some(wide(numbers)),
+            Self::I16(numbers) => Some(wide(numbers)),
+            Self::U32(numbers) => Some(wide(numbers)),
+            Self::I32(numbers) => Some(wide(numbers)),
+            Self::I64(numbers) => Some(numbers.clone()),
             Self::U64(_) | Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::String(_) => None,
         }
     }

@@ -96,7 +96,9 @@ impl Settings {
         self.refuse_other_computations()?;
         let split = || self.hidden_size.checked_div(self.num_attention_heads).unwrap_or_default();
         let config = ModelConfig {
-            name: folder.file_name().map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned()),
+            name: folder
+                .file_name()
+                .map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned()),
             vocab_size: self.vocab_size,
             hidden: self.hidden_size,
             layers: self.num_hidden_layers,
@@ -181,8 +183,12 @@ impl Weights {
             let begin = tensor.data().as_ptr() as usize - bytes.as_ref().as_ptr() as usize;
             assert!(begin >= data, "tensors lie behind the header");
             let range = begin..begin + tensor.data().len();
-            let place =
-                TensorPlace { file: self.files.len(), range, shape: tensor.shape().to_vec(), dtype: tensor.dtype() };
+            let place = TensorPlace {
+                file: self.files.len(),
+                range,
+                shape: tensor.shape().to_vec(),
+                dtype: tensor.dtype(),
+            };
             if self.tensors.insert(name.clone(), place).is_some() {
                 return Err(malformed(&name, "the tensor is in two files".to_owned()));
             }
@@ -201,8 +207,9 @@ impl Weights {
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let place = self.find(name, &[len])?;
         let format = format_of(name, place.dtype)?;
-        let vector = WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (1, len), format)
-            .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })?;
+        let vector =
+            WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (1, len), format)
+                .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })?;
         Ok(vector.to_f32())
     }
 
@@ -228,7 +235,9 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let names: BTreeSet<String> = index.weight_map.into_values().collect();
     let plain = |name: &String| Path::new(name).file_name().is_some_and(|last| last == name.as_str());
     match names.iter().find(|name| !plain(name)) {
-        Some(name) => Err(malformed("weight_map", format!("{name:?} is no plain file name")).in_file(&index_path)),
+        Some(name) => {
+            Err(malformed("weight_map", format!("{name:?} is no plain file name")).in_file(&index_path))
+        }
         None => Ok(names.iter().map(|name| folder.join(name)).collect()),
     }
 }
@@ -245,7 +254,9 @@ fn assemble(
     Ok(ModelParts {
         tokenizer,
         token_embedding: weights.matrix(TOKEN_EMBEDDING, vocab, hidden)?,
-        layers: (0..config.layers).map(|layer| read_layer(weights, &config, layer)).collect::<Result<_, _>>()?,
+        layers: (0..config.layers)
+            .map(|layer| read_layer(weights, &config, layer))
+            .collect::<Result<_, _>>()?,
         output_norm: weights.vector(OUTPUT_NORM, hidden)?,
         output: (!tied).then(|| weights.matrix(OUTPUT, vocab, hidden)).transpose()?,
         chat_template,
@@ -264,7 +275,8 @@ fn check_tensor_names(weights: &Weights, config: &ModelConfig, tied: bool) -> Re
     if let Some(name) = weights.tensors.keys().find(|name| !known.contains(*name)) {
         return Err(ModelError::UnexpectedTensor { tensor: name.clone() });
     }
-    let bytes = |name: &str| weights.tensors.get(name).map(|at| &weights.files[at.file].as_ref()[at.range.clone()]);
+    let bytes =
+        |name: &str| weights.tensors.get(name).map(|at| &weights.files[at.file].as_ref()[at.range.clone()]);
     if tied && bytes(OUTPUT).is_some_and(|output| bytes(TOKEN_EMBEDDING) != Some(output)) {
         return Err(malformed(OUTPUT, "differs from the embedding it is said to be tied to".to_owned()));
     }
@@ -307,7 +319,9 @@ fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(failed)?.len();
     if size > JSON_BYTES_MAX {
-        return Err(malformed("the file", format!("{size} bytes are more than {JSON_BYTES_MAX}")).in_file(path));
+        return Err(
+            malformed("the file", format!("{size} bytes are more than {JSON_BYTES_MAX}")).in_file(path)
+        );
     }
     fs::read(path).map_err(failed)
 }
@@ -323,4 +337,160 @@ fn read_json_if_there<T: for<'a> Deserialize<'a> + Default>(path: &Path) -> Resu
 
 fn malformed(what: &str, reason: String) -> ModelError {
     ModelError::Malformed { what: what.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::base::tests::{noise, tiny_parts};
+    use crate::safetensors::{TensorBytes, encode};
+    use crate::tokenizer::tests::tiny_json;
+
+    fn settings(config: &ModelConfig) -> Value {
+        json!({
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden,
+            "num_hidden_layers": config.layers,
+            "intermediate_size": config.feed_forward,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "max_position_embeddings": config.context_length,
+            "rope_theta": config.rope_base,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+            "rope_scaling": null,
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": [2, 0],
+        })
+    }
+
+    /// The tests' model as transformers would store it.
+    fn stored(parts: &ModelParts) -> Vec<TensorBytes> {
+        let hidden = parts.config.hidden;
+        let matrix = |name: &str, matrix: &WeightMatrix, heads: Option<usize>| {
+            let values = matrix.to_f32();
+            let values = heads.map_or_else(
+                || values.clone(),
+                |heads| rotary::to_hugging_face(&values, matrix.rows(), heads),
+            );
+            TensorBytes::f32(name, &[matrix.rows(), matrix.cols()], &values)
+        };
+        let mut tensors = vec![
+            matrix(TOKEN_EMBEDDING, &parts.token_embedding, None),
+            TensorBytes::f32(OUTPUT_NORM, &[hidden], &parts.output_norm),
+        ];
+        for (index, layer) in parts.layers.iter().enumerate() {
+            tensors.push(TensorBytes::f32(&layer_tensor(index, ATTN_NORM), &[hidden], &layer.attn_norm));
+            tensors.push(TensorBytes::f32(&layer_tensor(index, FFN_NORM), &[hidden], &layer.ffn_norm));
+            tensors.extend(Projection::ALL.map(|projection| {
+                let name = layer_tensor(index, projection.hugging_face_name());
+                matrix(&name, layer.projection(projection), projection.rotary_heads(&parts.config))
+            }));
+        }
+        tensors
+    }
+
+    fn parts() -> ModelParts {
+        let mut parts = tiny_parts(WeightFormat::F32);
+        parts.config.name = "model".to_owned();
+        parts.chat_template = Some("{{ messages }}".to_owned());
+        parts
+    }
+
+    /// A folder named `model`, its files changed by `spoil`.
+    fn folder(tensors: &[TensorBytes], spoil: impl Fn(&mut Value)) -> (tempfile::TempDir, PathBuf) {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("model");
+        fs::create_dir(&path).unwrap();
+        let mut settings = settings(&parts().config);
+        spoil(&mut settings);
+        fs::write(path.join("config.json"), settings.to_string()).unwrap();
+        fs::write(path.join("tokenizer.json"), tiny_json().to_string()).unwrap();
+        fs::write(path.join("tokenizer_config.json"), r#"{"chat_template": "{{ messages }}"}"#).unwrap();
+        fs::write(path.join("model.safetensors"), encode(&[("format", "pt")], tensors)).unwrap();
+        (home, path)
+    }
+
+    fn refused(tensors: &[TensorBytes], spoil: impl Fn(&mut Value)) -> String {
+        let (_home, path) = folder(tensors, spoil);
+        let error = BaseModel::open(&path).unwrap_err();
+        assert!(matches!(error, ModelError::File { .. }), "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn gives_the_model_that_the_gguf_file_holds() {
+        let expected = BaseModel::from_parts(parts()).unwrap();
+        let (_home, path) = folder(&stored(&parts()), |_| ());
+        let model = BaseModel::open(&path).unwrap();
+        assert_eq!(model.config, expected.config);
+        assert_eq!(model.sha256, expected.sha256, "the same weights in the same order");
+    }
+
+    #[test]
+    fn reads_a_model_in_several_files() {
+        let (_home, path) = folder(&[], |_| ());
+        fs::remove_file(path.join("model.safetensors")).unwrap();
+        let mut first = stored(&parts());
+        let second = first.split_off(5);
+        fs::write(path.join("a.safetensors"), encode(&[], &first)).unwrap();
+        fs::write(path.join("b.safetensors"), encode(&[], &second)).unwrap();
+        let index = path.join("model.safetensors.index.json");
+        fs::write(
+            &index,
+            r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}"#,
+        )
+        .unwrap();
+        assert_eq!(BaseModel::open(&path).unwrap().sha256, BaseModel::from_parts(parts()).unwrap().sha256);
+        fs::write(&index, r#"{"weight_map": {"x": "../a.safetensors"}}"#).unwrap();
+        assert!(BaseModel::open(&path).unwrap_err().to_string().contains("no plain file name"));
+    }
+
+    #[test]
+    fn refuses_other_computations() {
+        let check = |key: &str, value: Value, expected: &str| {
+            let error = refused(&stored(&parts()), |settings| settings[key] = value.clone());
+            assert!(error.contains(expected) && error.contains("config.json"), "{error}");
+        };
+        check("model_type", json!("mamba"), "unknown architecture \"mamba\"");
+        check("rope_scaling", json!({"type": "linear"}), "rope_scaling");
+        check("hidden_act", json!("gelu"), "gelu");
+        check("attention_bias", json!(true), "bias");
+        check("num_key_value_heads", json!(3), "kv_heads");
+        check("hidden_size", json!("wide"), "malformed: JSON");
+    }
+
+    #[test]
+    fn refuses_tensors_that_do_not_fit() {
+        let embedding = |rows: usize| TensorBytes::f32(TOKEN_EMBEDDING, &[rows, 64], &noise(rows * 64, 1));
+        let mut tensors = stored(&parts());
+        tensors[0] = embedding(3);
+        assert!(refused(&tensors, |_| ()).contains("model.embed_tokens.weight: wrong shape"));
+        tensors.remove(0);
+        assert!(refused(&tensors, |_| ()).contains("missing tensor model.embed_tokens.weight"));
+        let mut tensors = stored(&parts());
+        tensors.push(TensorBytes::f32("model.layers.0.self_attn.q_proj.bias", &[64], &[0.0; 64]));
+        assert!(refused(&tensors, |_| ()).contains("unexpected tensor"));
+        let mut tensors = stored(&parts());
+        let rows = parts().config.vocab_size;
+        tensors.push(TensorBytes::f32(OUTPUT, &[rows, 64], &noise(rows * 64, 9)));
+        assert!(refused(&tensors, |_| ()).contains("tied"));
+        let (_home, path) = folder(&tensors, |settings| settings["tie_word_embeddings"] = json!(false));
+        assert!(BaseModel::open(&path).unwrap().output.is_some());
+    }
+
+    #[test]
+    fn a_truncated_file_is_named() {
+        let (_home, path) = folder(&stored(&parts()), |_| ());
+        let file = path.join("model.safetensors");
+        let bytes = fs::read(&file).unwrap();
+        fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+        let error = BaseModel::open(&path).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors: malformed"), "{error}");
+    }
 }

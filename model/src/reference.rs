@@ -42,7 +42,7 @@ struct EvalBlock {
 }
 
 /// The model named by `FLEETUNE_SMOLLM2` or in the user's cache folder, if it is there.
-fn smollm2() -> Option<BaseModel> {
+pub(crate) fn smollm2() -> Option<BaseModel> {
     let cache = || env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
     let path = env::var_os("FLEETUNE_SMOLLM2").map(PathBuf::from).or_else(|| Some(cache()?.join("fleetune").join(FILE)))?;
     if !path.exists() {

@@ -16,7 +16,12 @@ pub(crate) fn to_hugging_face<T: Copy>(values: &[T], rows: usize, heads: usize) 
 }
 
 /// Row `row` of head `head` of the result is the row of `values` that `source` names.
-fn reorder<T: Copy>(values: &[T], rows: usize, source: impl Fn(usize, usize) -> usize, heads: usize) -> Vec<T> {
+fn reorder<T: Copy>(
+    values: &[T],
+    rows: usize,
+    source: impl Fn(usize, usize) -> usize,
+    heads: usize,
+) -> Vec<T> {
     assert!(rows.is_multiple_of(2 * heads), "{rows} rows are not {heads} heads of even size");
     let cols = values.len() / rows;
     let mut result = Vec::with_capacity(values.len());

@@ -35,14 +35,16 @@ pub(crate) fn encode(metadata: &[(&str, &str)], tensors: &[TensorBytes]) -> Vec<
 /// Keys in the order given, so that equal input gives equal bytes whatever map `serde_json` is built with.
 fn header(metadata: &[(&str, &str)], tensors: &[TensorBytes]) -> String {
     let quoted = |text: &str| Value::from(text).to_string();
-    let pairs: Vec<_> = metadata.iter().map(|(key, value)| format!("{}:{}", quoted(key), quoted(value))).collect();
+    let pairs: Vec<_> =
+        metadata.iter().map(|(key, value)| format!("{}:{}", quoted(key), quoted(value))).collect();
     let mut fields = vec![format!("\"__metadata__\":{{{}}}", pairs.join(","))];
     let mut offset = 0;
     for TensorBytes { name, dtype, shape, bytes } in tensors {
         let end = offset + bytes.len();
         let shape = json!(shape);
         let name = quoted(name);
-        fields.push(format!(r#"{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{offset},{end}]}}"#));
+        fields
+            .push(format!(r#"{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{offset},{end}]}}"#));
         offset = end;
     }
     format!("{{{}}}", fields.join(","))

@@ -177,7 +177,8 @@ impl Tokenizer {
 
     fn encode_words(&self, text: &str, ids: &mut Vec<u32>) {
         for word in cut_words(&self.inner.words, text) {
-            let tokens = self.inner.bpe.tokenize(&word).expect("BPE without dropout or unknown token cannot fail");
+            let tokens =
+                self.inner.bpe.tokenize(&word).expect("BPE without dropout or unknown token cannot fail");
             ids.extend(tokens.into_iter().map(|token| token.id));
         }
     }
@@ -209,7 +210,8 @@ impl Vocabulary {
                 return Err(format!("merge {rank} is not made of tokens of the vocabulary"));
             }
         }
-        let named = [("bos", self.bos), ("eos", self.eos), ("unknown", self.unknown), ("padding", self.padding)];
+        let named =
+            [("bos", self.bos), ("eos", self.eos), ("unknown", self.unknown), ("padding", self.padding)];
         match named.iter().find(|(_, id)| id.is_some_and(|id| id as usize >= count)) {
             Some((name, _)) => Err(format!("{name} token is beyond the vocabulary")),
             None => Ok(()),
@@ -285,6 +287,8 @@ pub(crate) mod tests {
 
     use super::*;
 
+    pub(crate) use super::from_json::tests::tiny_json;
+
     /// 3 control tokens, the 256 bytes and a few merges.
     pub(crate) fn tiny_tokenizer() -> Tokenizer {
         let text = "the theatre of the weather, then there; 1234 other mothers gather the feathers. ";
@@ -343,6 +347,29 @@ pub(crate) mod tests {
     #[test]
     fn unknown_ids_decode_to_nothing() {
         assert_eq!(tiny_tokenizer().decode(&[u32::MAX, 0, 288]), "");
+    }
+
+    /// Ids that llama.cpp gives, control tokens recognized.
+    #[test]
+    fn ids_of_smollm2_are_those_of_llama_cpp() {
+        #[derive(serde::Deserialize)]
+        struct Reference {
+            samples: Vec<Sample>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Sample {
+            text: String,
+            ids: Vec<u32>,
+        }
+        let Some(base) = crate::reference::smollm2() else { return };
+        let reference: Reference =
+            serde_json::from_str(include_str!("../data/reference/smollm2_tokens.json")).unwrap();
+        assert_eq!(reference.samples.len(), 396);
+        for Sample { text, ids } in reference.samples {
+            assert_eq!(base.tokenizer.encode(&text, true), ids, "{text:?}");
+            let ordinary = base.tokenizer.encode_ordinary(&text);
+            assert_eq!(base.tokenizer.decode(&ordinary), text);
+        }
     }
 
     proptest! {

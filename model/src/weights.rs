@@ -113,7 +113,13 @@ impl WeightMatrix {
     ) -> Result<Self, WeightError> {
         byte_len(rows, cols, format)?;
         if values.len() != rows * cols {
-            return Err(WeightError::Length { rows, cols, expected: rows * cols, found: values.len(), unit: "values" });
+            return Err(WeightError::Length {
+                rows,
+                cols,
+                expected: rows * cols,
+                found: values.len(),
+                unit: "values",
+            });
         }
         quantize::check_range(values, format)?;
         if format == WeightFormat::F32 {
@@ -237,6 +243,45 @@ fn byte_len(rows: usize, cols: usize, format: WeightFormat) -> Result<usize, Wei
     if rows == 0 || cols == 0 || rows.checked_mul(cols).is_none_or(|count| count > isize::MAX as usize / 4) {
         return Err(WeightError::Shape { rows, cols });
     }
-    let row = format.row_bytes(cols).ok_or(WeightError::Columns { format: format.name(), cols })?;
+    let row = format.row_bytes(cols).ok_or_else(|| WeightError::Columns { format: format.name(), cols })?;
     Ok(row * rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f32_is_borrowed_where_it_is_aligned_and_copied_where_not() {
+        let values = [1.0f32, -2.0, 3.5, 0.25];
+        let mut bytes = vec![0; 3];
+        bytes.extend(bytemuck::cast_slice::<f32, u8>(&values));
+        let shared = SharedBytes::from(bytes);
+        let matrix = WeightMatrix::from_shared(&shared, 3..19, (2, 2), WeightFormat::F32).unwrap();
+        assert_eq!(matrix.as_f32(), Some(&values[..]));
+        assert_eq!(matrix.as_bytes(), bytemuck::cast_slice::<f32, u8>(&values));
+        let cut = WeightMatrix::from_shared(&shared, 4..20, (2, 2), WeightFormat::F32).unwrap_err();
+        assert!(matches!(cut, WeightError::Length { expected: 16, found: 0, .. }), "{cut}");
+    }
+
+    #[test]
+    fn rows_are_expanded_where_they_lie() {
+        let values: Vec<f32> = (0..5 * 64).map(|i| (i % 37) as f32 - 18.0).collect();
+        for format in WeightFormat::ALL {
+            let matrix = WeightMatrix::from_f32(&values, 5, 64, format).unwrap();
+            let mut rows = vec![0.0; 3 * 64 + 1];
+            matrix.dequantize_rows(1, 3, &mut rows);
+            assert_eq!(rows[..3 * 64], matrix.to_f32()[64..4 * 64], "{format:?}");
+            assert_eq!(rows[3 * 64], 0.0);
+            assert_eq!(matrix.as_f32().is_some(), format == WeightFormat::F32);
+        }
+    }
+
+    #[test]
+    fn names_lead_back() {
+        for format in WeightFormat::ALL {
+            assert_eq!(WeightFormat::from_name(format.name()), Some(format));
+        }
+        assert_eq!(WeightFormat::from_name("Q6_K"), None);
+    }
 }

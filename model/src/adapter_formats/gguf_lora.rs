@@ -30,7 +30,10 @@ pub fn to_gguf_lora(
     extra: &Metadata,
 ) -> Result<Vec<u8>, AdapterError> {
     if !matches!(format, WeightFormat::F32 | WeightFormat::F16) {
-        return Err(malformed("format", format!("{} is not offered for adapters, only F32 and F16", format.name())));
+        return Err(malformed(
+            "format",
+            format!("{} is not offered for adapters, only F32 and F16", format.name()),
+        ));
     }
     let factors = stored_factors(adapter, base, format)?;
     let tensors: Vec<_> =
@@ -98,7 +101,9 @@ fn check_marks(metadata: &Metadata) -> Result<(), AdapterError> {
 fn check_base(metadata: &Metadata, base: &BaseModel) -> Result<(), AdapterError> {
     let expected = hex::encode(base.sha256);
     match metadata.optional_string(BASE_SHA256_KEY)? {
-        Some(found) if found != expected => Err(AdapterError::BaseMismatch { expected, found: found.to_owned() }),
+        Some(found) if found != expected => {
+            Err(AdapterError::BaseMismatch { expected, found: found.to_owned() })
+        }
         Some(_) | None => Ok(()),
     }
 }
@@ -106,7 +111,8 @@ fn check_base(metadata: &Metadata, base: &BaseModel) -> Result<(), AdapterError>
 fn read_pairs(file: &Gguf) -> Result<Vec<StoredPair>, AdapterError> {
     let mut seen: BTreeMap<(usize, Projection), BTreeSet<&str>> = BTreeMap::new();
     for name in file.tensor_names() {
-        let (layer, projection, suffix) = parse_name(name).ok_or_else(|| malformed(name, "unknown tensor"))?;
+        let (layer, projection, suffix) =
+            parse_name(name).ok_or_else(|| malformed(name, "unknown tensor"))?;
         seen.entry((layer, projection)).or_default().insert(suffix);
     }
     let read = |name: &str| -> Result<(Vec<usize>, Vec<f32>), AdapterError> {

@@ -86,7 +86,12 @@ pub fn read_peft_dir(folder: &Path) -> Result<PeftFiles, AdapterError> {
     Ok(PeftFiles { config: read(CONFIG_FILE)?, weights: read(WEIGHTS_FILE)? })
 }
 
-fn pair_tensors(adapter: &Adapter, model: &ModelConfig, layer: usize, projection: Projection) -> [TensorBytes; 2] {
+fn pair_tensors(
+    adapter: &Adapter,
+    model: &ModelConfig,
+    layer: usize,
+    projection: Projection,
+) -> [TensorBytes; 2] {
     let rank = adapter.layout.config().rank;
     let (out, cols_in) = projection.shape(model);
     let b = adapter.factor_b(layer, projection);
@@ -95,7 +100,11 @@ fn pair_tensors(adapter: &Adapter, model: &ModelConfig, layer: usize, projection
         None => b.to_vec(),
     };
     [
-        TensorBytes::f32(&tensor_name(layer, projection, "A"), &[rank, cols_in], &adapter.factor_a(layer, projection)),
+        TensorBytes::f32(
+            &tensor_name(layer, projection, "A"),
+            &[rank, cols_in],
+            &adapter.factor_a(layer, projection),
+        ),
         TensorBytes::f32(&tensor_name(layer, projection, "B"), &[out, rank], &b),
     ]
 }
@@ -181,7 +190,8 @@ impl PeftConfig {
 fn read_pairs(file: &TensorFile<'_>, model: &ModelConfig) -> Result<Vec<StoredPair>, AdapterError> {
     let mut halves: BTreeMap<(usize, Projection), Vec<(&str, &str)>> = BTreeMap::new();
     for name in file.names() {
-        let (layer, projection, factor) = parse_name(name).ok_or_else(|| malformed(name, "unknown tensor"))?;
+        let (layer, projection, factor) =
+            parse_name(name).ok_or_else(|| malformed(name, "unknown tensor"))?;
         halves.entry((layer, projection)).or_default().push((factor, name));
     }
     let pair = |((layer, projection), names): ((usize, Projection), Vec<(&str, &str)>)| {
@@ -211,7 +221,8 @@ fn to_gguf_order(
 fn parse_name(name: &str) -> Option<(usize, Projection, &str)> {
     let (layer, rest) = name.strip_prefix(PREFIX)?.split_once('.')?;
     let (module, factor) = rest.strip_suffix(".weight")?.rsplit_once(".lora_")?;
-    let projection = Projection::ALL.into_iter().find(|projection| projection.hugging_face_name() == module)?;
+    let projection =
+        Projection::ALL.into_iter().find(|projection| projection.hugging_face_name() == module)?;
     Some((layer.parse().ok()?, projection, factor))
 }
 

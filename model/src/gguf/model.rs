@@ -49,7 +49,9 @@ pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
     let has_output = file.tensor_names().any(|name| name == OUTPUT);
     Ok(BaseModel {
         token_embedding: file.matrix(TOKEN_EMBEDDING, vocab, hidden)?,
-        layers: (0..config.layers).map(|layer| read_layer(&file, &config, layer)).collect::<Result<_, _>>()?,
+        layers: (0..config.layers)
+            .map(|layer| read_layer(&file, &config, layer))
+            .collect::<Result<_, _>>()?,
         output_norm: file.vector(OUTPUT_NORM, hidden)?,
         output: has_output.then(|| file.matrix(OUTPUT, vocab, hidden)).transpose()?,
         chat_template: file.metadata.optional_string(CHAT_TEMPLATE)?.map(str::to_owned),

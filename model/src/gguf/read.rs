@@ -3,7 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{ALIGNMENT, ALIGNMENT_KEY, Gguf, MAGIC, Metadata, MetadataArray, MetadataValue, TensorInfo, VERSION, malformed};
+use super::{
+    ALIGNMENT, ALIGNMENT_KEY, Gguf, MAGIC, Metadata, MetadataArray, MetadataValue, TensorInfo, VERSION,
+    malformed,
+};
 use crate::bytes::SharedBytes;
 use crate::error::ModelError;
 use crate::weights::WeightFormat;
@@ -73,7 +76,12 @@ fn data_start(metadata: &Metadata, headers_end: usize) -> Result<(u64, u64), Mod
     let alignment = match metadata.optional_u32(ALIGNMENT_KEY)? {
         None => ALIGNMENT,
         Some(alignment) if alignment.is_power_of_two() && alignment <= ALIGNMENT_MAX => alignment.into(),
-        Some(other) => return Err(malformed(ALIGNMENT_KEY, format!("{other} is no power of two up to {ALIGNMENT_MAX}"))),
+        Some(other) => {
+            return Err(malformed(
+                ALIGNMENT_KEY,
+                format!("{other} is no power of two up to {ALIGNMENT_MAX}"),
+            ));
+        }
     };
     Ok(((headers_end as u64).next_multiple_of(alignment), alignment))
 }
@@ -88,10 +96,15 @@ fn place_tensors(
             return Err(malformed(&name, format!("offset {} is no multiple of {alignment}", header.offset)));
         }
         let size = byte_len(&name, &header)?;
-        let begin = start.checked_add(header.offset).unwrap_or(u64::MAX);
+        let begin = start.saturating_add(header.offset);
         let available = (file_len as u64).saturating_sub(begin);
         if size > available {
-            return Err(ModelError::Truncated { what: format!("tensor {name}"), offset: begin, needed: size, available });
+            return Err(ModelError::Truncated {
+                what: format!("tensor {name}"),
+                offset: begin,
+                needed: size,
+                available,
+            });
         }
         let range = begin as usize..(begin + size) as usize;
         Ok((name, TensorInfo { dims: header.dims, format: header.format, range }))
@@ -104,7 +117,10 @@ fn byte_len(name: &str, header: &TensorHeader) -> Result<u64, ModelError> {
     let cols = header.dims[0];
     if !cols.is_multiple_of(values as u64) {
         let format = header.format.name();
-        return Err(malformed(name, format!("{cols} columns are no multiple of the {values} of a {format} block")));
+        return Err(malformed(
+            name,
+            format!("{cols} columns are no multiple of the {values} of a {format} block"),
+        ));
     }
     let rows = header.dims[1..].iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
     let size = rows.and_then(|rows| (cols / values as u64).checked_mul(rows)?.checked_mul(bytes as u64));
@@ -152,7 +168,10 @@ impl<'a> Reader<'a> {
     fn name(&mut self, what: &str) -> Result<String, ModelError> {
         let name = self.string(what)?;
         if name.is_empty() || name.len() as u64 > NAME_BYTES_MAX {
-            return Err(malformed(what, format!("its length of {} bytes is not in 1..={NAME_BYTES_MAX}", name.len())));
+            return Err(malformed(
+                what,
+                format!("its length of {} bytes is not in 1..={NAME_BYTES_MAX}", name.len()),
+            ));
         }
         Ok(name)
     }
@@ -245,7 +264,8 @@ fn truth(key: &str, byte: u8) -> Result<bool, ModelError> {
 
 fn tensor_format(name: &str, code: u32) -> Result<WeightFormat, ModelError> {
     let format = WeightFormat::ALL.into_iter().find(|&format| type_code(format) == code);
-    format.ok_or_else(|| ModelError::UnsupportedTensorType { tensor: name.to_owned(), found: type_name(code) })
+    format
+        .ok_or_else(|| ModelError::UnsupportedTensorType { tensor: name.to_owned(), found: type_name(code) })
 }
 
 /// ggml's number of a format.

@@ -107,7 +107,12 @@ fn put_value(out: &mut Vec<u8>, value: &MetadataValue) {
 }
 
 fn put_array(out: &mut Vec<u8>, array: &MetadataArray) {
-    fn put<const N: usize, T: Copy>(out: &mut Vec<u8>, code: u32, values: &[T], bytes: impl Fn(T) -> [u8; N]) {
+    fn put<const N: usize, T: Copy>(
+        out: &mut Vec<u8>,
+        code: u32,
+        values: &[T],
+        bytes: impl Fn(T) -> [u8; N],
+    ) {
         out.extend(code.to_le_bytes());
         out.extend((values.len() as u64).to_le_bytes());
         values.iter().for_each(|&value| out.extend(bytes(value)));

@@ -25,7 +25,12 @@ impl Tokenizer {
     /// way of cutting words.
     pub fn from_gguf(metadata: &Metadata) -> Result<Self, ModelError> {
         supported(metadata, MODEL, "gpt2", "only byte-level BPE (gpt2) is supported")?;
-        supported(metadata, PRE, PRE_TOKENIZER, "another way of cutting words gives other ids; only smollm is known")?;
+        supported(
+            metadata,
+            PRE,
+            PRE_TOKENIZER,
+            "another way of cutting words gives other ids; only smollm is known",
+        )?;
         Self::new(Vocabulary {
             tokens: metadata.strings(TOKENS)?.to_vec(),
             kinds: kinds(metadata)?,
@@ -67,13 +72,18 @@ fn supported(metadata: &Metadata, key: &str, only: &str, reason: &str) -> Result
     if found == only {
         return Ok(());
     }
-    Err(ModelError::Unsupported { key: key.to_owned(), found: format!("{found:?}"), reason: reason.to_owned() })
+    Err(ModelError::Unsupported {
+        key: key.to_owned(),
+        found: format!("{found:?}"),
+        reason: reason.to_owned(),
+    })
 }
 
 fn kinds(metadata: &Metadata) -> Result<Vec<TokenKind>, ModelError> {
     let numbers = metadata.integers(KINDS)?;
     let kind = |number| {
-        TokenKind::from_number(number).ok_or_else(|| malformed(KINDS, format!("no token kind has the number {number}")))
+        TokenKind::from_number(number)
+            .ok_or_else(|| malformed(KINDS, format!("no token kind has the number {number}")))
     };
     numbers.into_iter().map(kind).collect()
 }

@@ -94,7 +94,10 @@ impl File {
             (plain(&self.model.end_of_word_suffix), "end_of_word_suffix must be empty"),
             (!self.model.byte_fallback, "byte_fallback must be false"),
             (!self.model.ignore_merges, "ignore_merges must be false"),
-            (self.pre_tokenizer.as_ref().is_some_and(is_smollm), "pre_tokenizer must be digits, then byte level"),
+            (
+                self.pre_tokenizer.as_ref().is_some_and(is_smollm),
+                "pre_tokenizer must be digits, then byte level",
+            ),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, rule)) => Err((*rule).to_owned()),
@@ -110,14 +113,18 @@ impl File {
         }
         for added in self.added_tokens {
             if added.lstrip || added.rstrip || added.single_word {
-                return Err(format!("token {:?}: lstrip, rstrip and single_word are not supported", added.content));
+                return Err(format!(
+                    "token {:?}: lstrip, rstrip and single_word are not supported",
+                    added.content
+                ));
             }
             let kind = if added.special { TokenKind::Control } else { TokenKind::UserDefined };
             place(&mut slots, added.id, added.content, kind)?;
         }
         let gap = || "ids have a gap".to_owned();
         while slots.pop_if(|slot| slot.is_none()).is_some() {}
-        let (tokens, kinds) = slots.into_iter().collect::<Option<Vec<_>>>().ok_or_else(gap)?.into_iter().unzip();
+        let (tokens, kinds) =
+            slots.into_iter().collect::<Option<Vec<_>>>().ok_or_else(gap)?.into_iter().unzip();
         let merges = self.model.merges.into_iter().map(Merge::parts).collect::<Result<_, _>>()?;
         Ok(Vocabulary {
             tokens,
@@ -167,7 +174,9 @@ impl Merge {
 /// Whether the settings are those of `word_cutter`; `trim_offsets` changes no ids.
 fn is_smollm(value: &Value) -> bool {
     let has = |value: &Value, fields: &Value| {
-        fields.as_object().is_some_and(|fields| fields.iter().all(|(key, field)| value.get(key) == Some(field)))
+        fields
+            .as_object()
+            .is_some_and(|fields| fields.iter().all(|(key, field)| value.get(key) == Some(field)))
     };
     let digits = json!({"type": "Digits", "individual_digits": true});
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": false});
@@ -231,7 +240,7 @@ pub(crate) mod tests {
         check("/model/ignore_merges", json!(true), "ignore_merges");
         check("/model/merges", json!(["ab"]), "no space");
         check("/model/vocab", json!({"a": 4_000_000_000u32}), "beyond");
-        check("/model/vocab", json!({"a": 7}), "gap");
+        check("/model/vocab", json!({"<|endoftext|>": 0, "a": 4}), "gap");
         let error = Tokenizer::from_json(b"{}", &TokenRoles::default()).unwrap_err();
         assert!(error.to_string().contains("model"), "{error}");
     }

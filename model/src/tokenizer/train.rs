@@ -44,7 +44,9 @@ pub fn train_bpe(
 ) -> Result<Tokenizer, ModelError> {
     let least = special.control.len() + 256;
     if vocab_size < least {
-        return Err(refused(format!("a vocabulary of {vocab_size} has no room for {least} control tokens and bytes")));
+        return Err(refused(format!(
+            "a vocabulary of {vocab_size} has no room for {least} control tokens and bytes"
+        )));
     }
     let learned = learn(texts, vocab_size, special).map_err(|error| refused(error.to_string()))?;
     Tokenizer::new(learned.into_vocabulary(special))
@@ -108,7 +110,8 @@ mod tests {
     #[test]
     fn learns_the_same_from_the_same_texts() {
         let texts = ["all the small things", "all the tall walls", "3 small 33 walls"].map(str::to_owned);
-        let train = |texts: Vec<String>| train_bpe(texts.into_iter(), 280, &SpecialTokens::default()).unwrap();
+        let train =
+            |texts: Vec<String>| train_bpe(texts.into_iter(), 280, &SpecialTokens::default()).unwrap();
         let forward = train(texts.to_vec());
         let backward = train(texts.iter().rev().cloned().collect());
         assert_eq!(forward.vocabulary(), backward.vocabulary());
@@ -118,7 +121,8 @@ mod tests {
 
     #[test]
     fn digits_are_never_merged() {
-        let tokenizer = train_bpe(std::iter::repeat_n("1234 ".repeat(9), 9), 300, &SpecialTokens::default()).unwrap();
+        let tokenizer =
+            train_bpe(std::iter::repeat_n("1234 ".repeat(9), 9), 300, &SpecialTokens::default()).unwrap();
         assert_eq!(tokenizer.encode("1234", false).len(), 4);
     }
 
@@ -126,7 +130,10 @@ mod tests {
     fn control_tokens_come_first_then_every_byte() {
         let vocabulary = tiny_tokenizer().vocabulary().clone();
         assert_eq!(vocabulary.tokens[..3], SpecialTokens::default().control);
-        assert_eq!(vocabulary.kinds[..4], [TokenKind::Control, TokenKind::Control, TokenKind::Control, TokenKind::Normal]);
+        assert_eq!(
+            vocabulary.kinds[..4],
+            [TokenKind::Control, TokenKind::Control, TokenKind::Control, TokenKind::Normal]
+        );
         assert!(vocabulary.tokens[3..259].iter().all(|token| token.chars().count() == 1));
         assert_eq!((vocabulary.bos, vocabulary.eos), (Some(1), Some(2)));
     }

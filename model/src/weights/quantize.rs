@@ -25,7 +25,7 @@ pub(super) fn check_range(values: &[f32], format: WeightFormat) -> Result<(), We
         WeightFormat::BF16 => bf16::MAX.to_f32(),
         WeightFormat::F16 | WeightFormat::Q8_0 | WeightFormat::Q4_0 | WeightFormat::Q4_1 => f16::MAX.to_f32(),
     };
-    match values.iter().position(|x| !(x.abs() <= most)) {
+    match values.iter().position(|x| x.is_nan() || x.abs() > most) {
         Some(index) => Err(WeightError::Value { index, format: format.name() }),
         None => Ok(()),
     }
@@ -99,12 +99,44 @@ mod tests {
         };
         check(&[1.0, -2.5], WeightFormat::F32, "0000803f000020c0");
         check(&[1.0, -2.5, 65504.0], WeightFormat::F16, "003c00c1ff7b");
-        check(&[1.0, -2.5, 1.00390625], WeightFormat::BF16, "803f20c0803f");
-        KNOWN_BLOCKS.iter().for_each(|&(scale, shift, format, bytes)| check(&ramp(scale, shift), format, bytes));
+        check(&[1.0, -2.5, 1.003_906_3], WeightFormat::BF16, "803f20c0803f");
+        KNOWN_BLOCKS
+            .iter()
+            .for_each(|&(scale, shift, format, bytes)| check(&ramp(scale, shift), format, bytes));
     }
 
-    /// Written by the `gguf` Python package 0.x (`gguf.quants.quantize`), which mirrors ggml's reference.
-    const KNOWN_BLOCKS: &[(f32, f32, WeightFormat, &str)] = &[];
+    /// Ramps quantized by the Python package `gguf` 0.19 (`gguf.quants`), which is bit-equal to ggml.
+    const KNOWN_BLOCKS: &[(f32, f32, WeightFormat, &str)] = &[
+        (
+            0.37,
+            0.11,
+            WeightFormat::Q8_0,
+            "db2981899199a1a9b2bac2cad2dae2eaf2fa020a131b232b333b434b535b636c747c",
+        ),
+        (0.37, 0.11, WeightFormat::Q4_0, "cf39809191a2a2b3b3c4c4d5d5e6e6f7f7f8"),
+        (0.37, 0.11, WeightFormat::Q4_1, "1e3acfc580809191a2a2b3b3c4c4d5d5e6e6f7f7"),
+        (
+            -1.3,
+            5.0,
+            WeightFormat::Q8_0,
+            "80327f79726c655f59524c453f39322c251f19120c05fff9f2ece5dfd9d2ccc5bfb9",
+        ),
+        (-1.3, 5.0, WeightFormat::Q4_0, "73c26070718182829293a3a4a4b4b5c5c6c6"),
+        (-1.3, 5.0, WeightFormat::Q4_1, "604140cb7f7f6e6e5d5d4c4c3b3b2a2a19190808"),
+    ];
+
+    /// All 210 projections of a file that llama.cpp quantized.
+    #[test]
+    fn requantizing_smollm2_gives_its_own_bytes() {
+        let Some(base) = crate::reference::smollm2() else { return };
+        for layer in &base.layers {
+            for matrix in &layer.projections {
+                assert_eq!(matrix.format(), WeightFormat::Q4_1);
+                let again = quantize(&matrix.to_f32(), WeightFormat::Q4_1);
+                assert!(again == matrix.as_bytes(), "{matrix:?}");
+            }
+        }
+    }
 
     #[test]
     fn zeros_stay_zeros() {
@@ -135,12 +167,12 @@ mod tests {
     }
 
     proptest! {
-        /// The error of one value is at most half a level (a level where Q4_0's positive end is cut off).
+        /// At most half a level (a whole one where Q4_0's positive end is cut off), and the scale's own rounding.
         #[test]
         fn error_is_bounded(values in prop::collection::vec(-100f32..100.0, BLOCK)) {
             let spread = values.iter().fold(0f32, |most, x| most.max(x.abs()));
             for (format, levels) in [
-                (WeightFormat::F16, 1000.0), (WeightFormat::BF16, 200.0), (WeightFormat::Q8_0, 250.0),
+                (WeightFormat::F16, 1000.0), (WeightFormat::BF16, 200.0), (WeightFormat::Q8_0, 225.0),
                 (WeightFormat::Q4_0, 7.9), (WeightFormat::Q4_1, 14.0),
             ] {
                 let back = WeightMatrix::from_f32(&values, 1, BLOCK, format).unwrap().to_f32();
