@@ -310,7 +310,7 @@ mod tests {
         check("population = \"A\"", "population");
         check("population = \"a\"\nlisten = 3", "listen");
         check("population = \"a\"\n[[task]]\nname = \"t\"", "task 0: base_model: missing");
-        check(&format!("{LEAST}\nround = 3"), "unknown field `round`");
+        check(&format!("{LEAST}\nturns = 3"), "unknown field `turns`");
         check(&format!("{LEAST}\n[listen]\ncertificate_file = \"a.pem\""), "listen.key_file");
         check(&format!("{LEAST}\n[uploads]\nslots = 0"), "uploads.slots: at least 1");
         check(&LEAST.replace("base.gguf\"", "b\"\nadapter.targets = [\"head\"]"), "adapter.targets");

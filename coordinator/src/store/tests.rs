@@ -81,6 +81,7 @@ async fn what_is_kept_comes_back_after_a_restart() {
     let mut last = commit(1, 0, false);
     last.blobs.push((Digest::of(&adapter), adapter.clone()));
     last.release = Some(release(1, Digest::of(&adapter)));
+    last.record.as_mut().unwrap().attempt = 1;
     for commit in [commit(0, 0, false), commit(0, 1, true), last.clone()] {
         store.keep(&commit).await.unwrap();
     }
