@@ -19,7 +19,7 @@ pub enum ModelError {
         /// The file or folder at fault.
         path: PathBuf,
         /// What is wrong inside.
-        source: Box<ModelError>,
+        source: Box<Self>,
     },
     /// The bytes end before what they announce.
     #[error("truncated: {what} needs {needed} bytes at offset {offset}, {available} are left")]
