@@ -2,7 +2,12 @@
 //! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [recompute]`
 //! (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads and compare better than wall time on a busy
 //! machine; `product` gives the rate of the matrix product alone on the same machine.
-#![allow(clippy::print_stdout, clippy::disallowed_methods, clippy::unwrap_used, reason = "a measuring program")]
+#![allow(
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "a measuring program"
+)]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,17 +23,27 @@ use fleetune_model::train::{LoraTrainer, TrainerOptions};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let numbers = |from: usize| arguments[from..].iter().filter_map(|a| a.parse().ok()).collect::<Vec<usize>>();
+    let numbers =
+        |from: usize| arguments[from..].iter().filter_map(|a| a.parse().ok()).collect::<Vec<usize>>();
     match arguments.first().map(String::as_str) {
         Some("product") => products(),
         Some("full") => full(&numbers(1)),
-        Some("lora") => lora(Path::new(&arguments[1]), &numbers(2), arguments.last().is_some_and(|a| a == "recompute")),
+        Some("lora") => {
+            lora(Path::new(&arguments[1]), &numbers(2), arguments.last().is_some_and(|a| a == "recompute"))
+        }
         _ => println!("see the head of this file"),
     }
 }
 
 fn products() {
-    for (m, n, k) in [(512, 1536, 576), (512, 576, 1536), (512, 192, 576), (1024, 512, 192), (1024, 192, 512), (512, 4096, 192)] {
+    for (m, n, k) in [
+        (512, 1536, 576),
+        (512, 576, 1536),
+        (512, 192, 576),
+        (1024, 512, 192),
+        (1024, 192, 512),
+        (512, 4096, 192),
+    ] {
         let (x, w, mut y) = (vec![0.5f32; m * k], vec![0.25f32; n * k], vec![0f32; m * n]);
         let (cpu, mut done) = (cpu_seconds(), 0u32);
         while cpu_seconds() - cpu < 1.0 {
@@ -48,8 +63,25 @@ fn product(m: usize, n: usize, k: usize, (x, w, y): (&[f32], &[f32], &mut [f32])
     // SAFETY: x is [m, k], w [n, k] and y [m, n], all row-major and dense.
     unsafe {
         gemm::gemm(
-            m, n, k, y.as_mut_ptr(), 1, ns, false, x.as_ptr(), 1, ks, w.as_ptr(), ks, 1, 0f32, 1f32, false, false,
-            false, gemm::Parallelism::None,
+            m,
+            n,
+            k,
+            y.as_mut_ptr(),
+            1,
+            ns,
+            false,
+            x.as_ptr(),
+            1,
+            ks,
+            w.as_ptr(),
+            ks,
+            1,
+            0f32,
+            1f32,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
         );
     }
 }
@@ -71,7 +103,9 @@ fn full(n: &[usize]) {
     let batch = batch(n[6], n[7], n[5]);
     let mut trainer = FullTrainer::new(config, n[8]).unwrap();
     let mut values = trainer.initial_parameters(1);
-    time_steps(n[9], &mut values, |values, gradient| trainer.loss_and_gradient(values, &batch, gradient).unwrap());
+    time_steps(n[9], &mut values, |values, gradient| {
+        trainer.loss_and_gradient(values, &batch, gradient).unwrap()
+    });
 }
 
 fn lora(model: &Path, n: &[usize], recompute: bool) {
@@ -82,10 +116,16 @@ fn lora(model: &Path, n: &[usize], recompute: bool) {
     let batch = batch(n[0], n[1], base.config.vocab_size);
     let mut values = Adapter::init(Arc::clone(&layout)).values;
     let mut trainer = LoraTrainer::new(base, layout, TrainerOptions { recompute }).unwrap();
-    time_steps(n[2], &mut values, |values, gradient| trainer.loss_and_gradient(values, &batch, gradient).unwrap());
+    time_steps(n[2], &mut values, |values, gradient| {
+        trainer.loss_and_gradient(values, &batch, gradient).unwrap()
+    });
 }
 
-fn time_steps(steps: usize, values: &mut [f32], mut loss_and_gradient: impl FnMut(&[f32], &mut [f32]) -> f32) {
+fn time_steps(
+    steps: usize,
+    values: &mut [f32],
+    mut loss_and_gradient: impl FnMut(&[f32], &mut [f32]) -> f32,
+) {
     let mut optimizer = AdamW::new(AdamWConfig::default(), values.len());
     let mut gradient = vec![0f32; values.len()];
     let mut losses = Vec::new();
@@ -106,7 +146,12 @@ fn time_steps(steps: usize, values: &mut [f32], mut loss_and_gradient: impl FnMu
     walls.sort_by(f64::total_cmp);
     let (first, last) = (losses[0], losses[steps]);
     println!("{} values, loss {first:.4} -> {last:.4}", values.len());
-    println!("CPU {cpu:.4} s, wall median {:.4} s least {:.4} s a step, peak RSS {} MB", walls[steps / 2], walls[0], peak_mb());
+    println!(
+        "CPU {cpu:.4} s, wall median {:.4} s least {:.4} s a step, peak RSS {} MB",
+        walls[steps / 2],
+        walls[0],
+        peak_mb()
+    );
 }
 
 fn batch(sequences: usize, length: usize, vocab: usize) -> Batch {
@@ -122,7 +167,8 @@ fn batch(sequences: usize, length: usize, vocab: usize) -> Batch {
 /// User and system time of this process (Linux, 100 ticks a second).
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<f64> = stat.rsplit(')').next().unwrap_or("").split_whitespace().map(|f| f.parse().unwrap_or(0.0)).collect();
+    let fields: Vec<f64> =
+        stat.rsplit(')').next().unwrap_or("").split_whitespace().map(|f| f.parse().unwrap_or(0.0)).collect();
     fields.get(11..13).map_or(0.0, |ticks| ticks.iter().sum::<f64>() / 100.0)
 }
 

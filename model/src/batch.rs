@@ -94,7 +94,8 @@ impl Batch {
         let end = self.inputs.len() + self.length;
         self.inputs.extend(&block[..block.len() - 1]);
         for (position, id) in block[1..].iter().enumerate() {
-            let unknown = |_| InputError::UnknownToken { id: i64::from(*id), position, vocab_size: i32::MAX as usize };
+            let unknown =
+                |_| InputError::UnknownToken { id: i64::from(*id), position, vocab_size: i32::MAX as usize };
             self.targets.push(i32::try_from(*id).map_err(unknown)?);
         }
         self.inputs.resize(end, 0);
@@ -115,7 +116,9 @@ impl Batch {
         }
         check_ids(&self.inputs, vocab_size)?;
         match self.targets.iter().position(|t| *t >= 0 && *t as usize >= vocab_size) {
-            Some(position) => Err(InputError::UnknownToken { id: i64::from(self.targets[position]), position, vocab_size }),
+            Some(position) => {
+                Err(InputError::UnknownToken { id: i64::from(self.targets[position]), position, vocab_size })
+            }
             None if self.predicted() == 0 => Err(InputError::TooShort { found: 0, needed: 2 }),
             None => Ok(()),
         }
@@ -136,7 +139,9 @@ impl Batch {
 /// Refuses ids outside the vocabulary.
 pub(crate) fn check_ids(ids: &[u32], vocab_size: usize) -> Result<(), InputError> {
     match ids.iter().position(|id| *id as usize >= vocab_size) {
-        Some(position) => Err(InputError::UnknownToken { id: i64::from(ids[position]), position, vocab_size }),
+        Some(position) => {
+            Err(InputError::UnknownToken { id: i64::from(ids[position]), position, vocab_size })
+        }
         None => Ok(()),
     }
 }

@@ -147,7 +147,12 @@ pub(crate) fn rope_table(config: &ModelConfig, positions: usize) -> RopeTable {
     RopeTable::new(positions, config.head_dim, config.rope_base)
 }
 
-fn layer<'a>(base: &'a BaseModel, index: usize, rope: &'a RopeTable, lora: Option<(&'a LoraPlan, &'a [f32])>) -> Layer<'a> {
+fn layer<'a>(
+    base: &'a BaseModel,
+    index: usize,
+    rope: &'a RopeTable,
+    lora: Option<(&'a LoraPlan, &'a [f32])>,
+) -> Layer<'a> {
     let weights = &base.layers[index];
     let eps = base.config.rms_eps;
     Layer {
@@ -186,7 +191,11 @@ impl<'a> Decoder<'a> {
     ///
     /// # Errors
     /// [`InputError::TooLong`] beyond the context, [`InputError::AdapterShape`] for another model's adapter.
-    pub(crate) fn new(base: &'a BaseModel, adapter: Option<&'a Adapter>, positions: usize) -> Result<Self, InputError> {
+    pub(crate) fn new(
+        base: &'a BaseModel,
+        adapter: Option<&'a Adapter>,
+        positions: usize,
+    ) -> Result<Self, InputError> {
         if positions > base.config.context_length {
             return Err(InputError::TooLong { found: positions, limit: base.config.context_length });
         }

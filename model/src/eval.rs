@@ -25,7 +25,8 @@ impl Evaluation {
     #[must_use]
     pub fn merge(parts: &[Self]) -> Option<Self> {
         let tokens: u64 = parts.iter().map(|p| p.tokens).sum();
-        let mean = |f: fn(&Self) -> f64| parts.iter().map(|p| f(p) * p.tokens as f64).sum::<f64>() / tokens as f64;
+        let mean =
+            |f: fn(&Self) -> f64| parts.iter().map(|p| f(p) * p.tokens as f64).sum::<f64>() / tokens as f64;
         (tokens > 0).then(|| Self { nll: mean(|p| p.nll), accuracy: mean(|p| p.accuracy), tokens })
     }
 }
@@ -38,7 +39,11 @@ impl Evaluation {
 /// # Errors
 /// [`InputError`] if a block is shorter than two ids, longer than the context plus one, or holds an unknown id,
 /// or if the adapter is for a model of another shape.
-pub fn evaluate(base: &BaseModel, adapter: Option<&Adapter>, blocks: &[Vec<u32>]) -> Result<Evaluation, InputError> {
+pub fn evaluate(
+    base: &BaseModel,
+    adapter: Option<&Adapter>,
+    blocks: &[Vec<u32>],
+) -> Result<Evaluation, InputError> {
     let longest = blocks.iter().map(Vec::len).max().unwrap_or(0);
     let decoder = Decoder::new(base, adapter, longest.saturating_sub(1))?;
     let (mut nll_sum, mut hits, mut tokens) = (0f64, 0u64, 0u64);
@@ -137,7 +142,10 @@ mod tests {
     fn nothing_and_too_much_are_refused() {
         let base = base();
         assert!(matches!(evaluate(&base, None, &[]), Err(InputError::TooShort { .. })));
-        assert!(matches!(evaluate(&base, None, &[vec![0; 302]]), Err(InputError::TooLong { found: 301, limit: 300 })));
+        assert!(matches!(
+            evaluate(&base, None, &[vec![0; 302]]),
+            Err(InputError::TooLong { found: 301, limit: 300 })
+        ));
         assert!(matches!(last_logits(&base, None, &[99_999]), Err(InputError::UnknownToken { .. })));
     }
 }

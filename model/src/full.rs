@@ -165,7 +165,11 @@ impl FullTrainer {
         let layout = FullLayout { config: config.validated()? };
         let rope = Arc::new(rope_table(&layout.config, layout.config.context_length));
         let shards = (0..threads.max(1)).map(|_| Shard::default()).collect();
-        Ok(Self { source: Arc::new(TrainedSource { layout, rope }), shards, device: Device::flex().autodiff() })
+        Ok(Self {
+            source: Arc::new(TrainedSource { layout, rope }),
+            shards,
+            device: Device::flex().autodiff(),
+        })
     }
 
     /// The model's sizes.
@@ -203,7 +207,12 @@ impl FullTrainer {
     ///
     /// # Errors
     /// [`TrainError::Input`] if the batch or a slice does not fit the model.
-    pub fn loss_and_gradient(&mut self, parameters: &[f32], batch: &Batch, gradient: &mut [f32]) -> Result<f32, TrainError> {
+    pub fn loss_and_gradient(
+        &mut self,
+        parameters: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError> {
         self.check(parameters, batch)?;
         check_len("gradient", parameters.len(), gradient.len())?;
         let denominator = batch.predicted() as f32;
@@ -214,7 +223,14 @@ impl FullTrainer {
             for (shard, range) in others.iter_mut().zip(parts[1..].iter().cloned()) {
                 scope.spawn(move || shard.run(source, parameters, &batch.slice(range), denominator, device));
             }
-            own[0].loss = shard_gradient(source, parameters, &batch.slice(parts[0].clone()), denominator, device, gradient);
+            own[0].loss = shard_gradient(
+                source,
+                parameters,
+                &batch.slice(parts[0].clone()),
+                denominator,
+                device,
+                gradient,
+            );
         });
         for shard in &others[..parts.len() - 1] {
             add(gradient, &shard.gradient);
@@ -233,7 +249,9 @@ impl FullTrainer {
         let parts = split(batch.sequences, self.shards.len());
         std::thread::scope(|scope| {
             for (shard, range) in self.shards.iter_mut().zip(parts.iter().cloned()) {
-                scope.spawn(move || shard.loss = shard_loss(source, parameters, &batch.slice(range), denominator));
+                scope.spawn(move || {
+                    shard.loss = shard_loss(source, parameters, &batch.slice(range), denominator)
+                });
             }
         });
         Ok(self.shards[..parts.len()].iter().map(|s| s.loss).sum())
@@ -244,27 +262,44 @@ impl FullTrainer {
     /// # Errors
     /// [`ModelError`] if a value is not finite, the format does not fit a width, or the tokenizer's vocabulary
     /// is not the model's.
-    pub fn to_base(&self, parameters: &[f32], tokenizer: Tokenizer, format: WeightFormat) -> Result<BaseModel, ModelError> {
+    pub fn to_base(
+        &self,
+        parameters: &[f32],
+        tokenizer: Tokenizer,
+        format: WeightFormat,
+    ) -> Result<BaseModel, ModelError> {
         let (layout, parts) = (&self.source.layout, self.source.layout.parts());
         let config = &layout.config;
         let matrix = |name: String, values: &[f32], (rows, cols)| {
-            WeightMatrix::from_f32(values, rows, cols, format).map_err(|source| ModelError::Weights { tensor: name, source })
+            WeightMatrix::from_f32(values, rows, cols, format)
+                .map_err(|source| ModelError::Weights { tensor: name, source })
         };
         let layer = |index: usize| -> Result<LayerWeights, ModelError> {
             let theta = &parameters[layout.layer(index)];
             let mut projections = Vec::with_capacity(7);
             for p in Projection::ALL {
                 let name = format!("blk.{index}.{}.weight", p.gguf_name());
-                projections.push(matrix(name, &theta[parts.projections[p as usize].clone()], p.shape(config))?);
+                projections.push(matrix(
+                    name,
+                    &theta[parts.projections[p as usize].clone()],
+                    p.shape(config),
+                )?);
             }
-            let Ok(projections) = projections.try_into() else { unreachable!("seven projections give seven matrices") };
-            let (attn_norm, ffn_norm) = (theta[parts.attn_norm.clone()].to_vec(), theta[parts.ffn_norm.clone()].to_vec());
+            let Ok(projections) = projections.try_into() else {
+                unreachable!("seven projections give seven matrices")
+            };
+            let (attn_norm, ffn_norm) =
+                (theta[parts.attn_norm.clone()].to_vec(), theta[parts.ffn_norm.clone()].to_vec());
             Ok(LayerWeights { attn_norm, ffn_norm, projections })
         };
         BaseModel::from_parts(ModelParts {
             config: config.clone(),
             tokenizer,
-            token_embedding: matrix("token_embd.weight".to_owned(), &parameters[layout.embedding()], (config.vocab_size, config.hidden))?,
+            token_embedding: matrix(
+                "token_embd.weight".to_owned(),
+                &parameters[layout.embedding()],
+                (config.vocab_size, config.hidden),
+            )?,
             layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
             output_norm: parameters[layout.output_norm()].to_vec(),
             output: None,
@@ -280,7 +315,14 @@ impl FullTrainer {
 
 impl Shard {
     /// On a thread of its own, which inherits the memory of the step before.
-    fn run(&mut self, source: &Arc<TrainedSource>, parameters: &[f32], batch: &Batch, denominator: f32, device: &Device) {
+    fn run(
+        &mut self,
+        source: &Arc<TrainedSource>,
+        parameters: &[f32],
+        batch: &Batch,
+        denominator: f32,
+        device: &Device,
+    ) {
         self.gradient.resize(parameters.len(), 0.0);
         scratch::exchange_pool(std::mem::take(&mut self.pool));
         self.loss = shard_gradient(source, parameters, batch, denominator, device, &mut self.gradient);
@@ -294,7 +336,14 @@ fn split(sequences: usize, shards: usize) -> Vec<Range<usize>> {
     (0..shards).map(|i| i * sequences / shards..(i + 1) * sequences / shards).collect()
 }
 
-fn shard_gradient(source: &Arc<TrainedSource>, parameters: &[f32], batch: &Batch, denominator: f32, device: &Device, gradient: &mut [f32]) -> f32 {
+fn shard_gradient(
+    source: &Arc<TrainedSource>,
+    parameters: &[f32],
+    batch: &Batch,
+    denominator: f32,
+    device: &Device,
+    gradient: &mut [f32],
+) -> f32 {
     let layout = &source.layout;
     let outer = leaf(&parameters[layout.outer()], device).require_grad();
     let shape = [batch.sequences, batch.length, layout.config.hidden];

@@ -214,16 +214,23 @@ mod tests {
     #[test]
     fn generation_ends_where_it_must() {
         let base = base();
-        let mut sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_tokens: 9, ..Sampling::default() };
+        let mut sampling =
+            Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_tokens: 9, ..Sampling::default() };
         let go_on = &mut |_| ControlFlow::Continue(());
         let first = generate(&base, None, &[1, 2], &sampling, go_on).unwrap();
         assert_eq!(generate(&base, None, &[1, 2], &sampling, go_on).unwrap(), first);
-        assert_eq!(generate(&base, None, &[1, 2], &sampling, &mut |_| ControlFlow::Break(())).unwrap().len(), 1);
+        assert_eq!(
+            generate(&base, None, &[1, 2], &sampling, &mut |_| ControlFlow::Break(())).unwrap().len(),
+            1
+        );
         sampling.max_tokens = 5;
         assert!(generate(&base, None, &vec![1; 298], &sampling, go_on).unwrap().len() <= 2);
         sampling.max_tokens = 0;
         assert!(generate(&base, None, &[1], &sampling, go_on).unwrap().is_empty());
         assert!(matches!(generate(&base, None, &[], &sampling, go_on), Err(InputError::TooShort { .. })));
-        assert!(matches!(generate(&base, None, &[1; 301], &sampling, go_on), Err(InputError::TooLong { .. })));
+        assert!(matches!(
+            generate(&base, None, &[1; 301], &sampling, go_on),
+            Err(InputError::TooLong { .. })
+        ));
     }
 }

@@ -49,20 +49,38 @@ pub(crate) struct LossTargets {
 #[backend_extension(Flex, Autodiff)]
 pub(crate) trait FleetuneBackend: Backend {
     /// One decoder layer; x `[sequences, length, hidden]`.
-    fn decoder_layer(x: FloatTensor<Self>, theta: FloatTensor<Self>, source: Arc<dyn LayerSource>) -> FloatTensor<Self>;
+    fn decoder_layer(
+        x: FloatTensor<Self>,
+        theta: FloatTensor<Self>,
+        source: Arc<dyn LayerSource>,
+    ) -> FloatTensor<Self>;
     /// Final norm, output projection and summed cross entropy over the denominator; a scalar.
-    fn head_loss(x: FloatTensor<Self>, theta: FloatTensor<Self>, source: Arc<dyn HeadSource>, targets: Arc<LossTargets>) -> FloatTensor<Self>;
+    fn head_loss(
+        x: FloatTensor<Self>,
+        theta: FloatTensor<Self>,
+        source: Arc<dyn HeadSource>,
+        targets: Arc<LossTargets>,
+    ) -> FloatTensor<Self>;
     /// Rows of a table that starts `theta` and is `hidden` wide; `[sequences, length, hidden]`.
     fn embedding(theta: FloatTensor<Self>, ids: Arc<Vec<u32>>, shape: [usize; 3]) -> FloatTensor<Self>;
 }
 
 /// One decoder layer; x `[sequences, length, hidden]`.
 pub(crate) fn decoder_layer(x: Tensor<3>, theta: Tensor<1>, source: &Arc<dyn LayerSource>) -> Tensor<3> {
-    Tensor::from_dispatch(Dispatch::decoder_layer(x.into_dispatch(), theta.into_dispatch(), Arc::clone(source)))
+    Tensor::from_dispatch(Dispatch::decoder_layer(
+        x.into_dispatch(),
+        theta.into_dispatch(),
+        Arc::clone(source),
+    ))
 }
 
 /// Final norm, output projection and summed cross entropy over the denominator.
-pub(crate) fn head_loss(x: Tensor<3>, theta: Tensor<1>, source: &Arc<dyn HeadSource>, targets: LossTargets) -> Tensor<1> {
+pub(crate) fn head_loss(
+    x: Tensor<3>,
+    theta: Tensor<1>,
+    source: &Arc<dyn HeadSource>,
+    targets: LossTargets,
+) -> Tensor<1> {
     let (x, theta) = (x.into_dispatch(), theta.into_dispatch());
     Tensor::from_dispatch(Dispatch::head_loss(x, theta, Arc::clone(source), Arc::new(targets)))
 }
@@ -77,7 +95,12 @@ impl FleetuneBackend for Flex {
         run_layer(&x.to_contiguous(), &theta.to_contiguous(), source.as_ref()).0
     }
 
-    fn head_loss(x: FlexTensor, theta: FlexTensor, source: Arc<dyn HeadSource>, targets: Arc<LossTargets>) -> FlexTensor {
+    fn head_loss(
+        x: FlexTensor,
+        theta: FlexTensor,
+        source: Arc<dyn HeadSource>,
+        targets: Arc<LossTargets>,
+    ) -> FlexTensor {
         let (x, theta) = (x.to_contiguous(), theta.to_contiguous());
         let loss = source.head(theta.storage::<f32>()).loss(x.storage::<f32>(), targets.as_ref().into());
         tensor(vec![loss], vec![1])
@@ -93,7 +116,11 @@ impl FleetuneBackend for Flex {
 }
 
 impl<C: CheckpointStrategy> FleetuneBackend for Autodiff<Flex, C> {
-    fn decoder_layer(x: FloatTensor<Self>, theta: FloatTensor<Self>, source: Arc<dyn LayerSource>) -> FloatTensor<Self> {
+    fn decoder_layer(
+        x: FloatTensor<Self>,
+        theta: FloatTensor<Self>,
+        source: Arc<dyn LayerSource>,
+    ) -> FloatTensor<Self> {
         let ((x, x_node), (theta, theta_node)) = (x.into_parts(), theta.into_parts());
         let (x, theta) = (x.to_contiguous(), theta.to_contiguous());
         let (y, saved) = run_layer(&x, &theta, source.as_ref());
@@ -106,7 +133,12 @@ impl<C: CheckpointStrategy> FleetuneBackend for Autodiff<Flex, C> {
         }
     }
 
-    fn head_loss(x: FloatTensor<Self>, theta: FloatTensor<Self>, source: Arc<dyn HeadSource>, targets: Arc<LossTargets>) -> FloatTensor<Self> {
+    fn head_loss(
+        x: FloatTensor<Self>,
+        theta: FloatTensor<Self>,
+        source: Arc<dyn HeadSource>,
+        targets: Arc<LossTargets>,
+    ) -> FloatTensor<Self> {
         let ((x, x_node), (theta, theta_node)) = (x.into_parts(), theta.into_parts());
         let (x, theta) = (x.to_contiguous(), theta.to_contiguous());
         match HeadBackward.prepare::<C>([x_node, theta_node]).compute_bound().stateful() {
@@ -153,7 +185,8 @@ impl Backward<Flex, 2> for LayerBackward {
             Some(_) => source.gradients(&mut dtheta),
             None => LayerGradients::default(),
         };
-        let pass = LayerPass { x: x.storage::<f32>(), length: length(&x), saved: &saved, dy: dy.storage::<f32>() };
+        let pass =
+            LayerPass { x: x.storage::<f32>(), length: length(&x), saved: &saved, dy: dy.storage::<f32>() };
         let dx = source.layer(theta.storage::<f32>()).backward(pass, &mut gradients, x_parent.is_some());
         if let (Some(parent), Some(dx)) = (x_parent, dx) {
             grads.register::<Flex>(parent.id, tensor(dx, dims(&x)));
@@ -228,7 +261,12 @@ fn run_layer(x: &FlexTensor, theta: &FlexTensor, source: &dyn LayerSource) -> (F
     (tensor(y, dims(x)), saved)
 }
 
-fn run_head(x: &FlexTensor, theta: &FlexTensor, source: &dyn HeadSource, targets: &LossTargets) -> (FlexTensor, HeadState) {
+fn run_head(
+    x: &FlexTensor,
+    theta: &FlexTensor,
+    source: &dyn HeadSource,
+    targets: &LossTargets,
+) -> (FlexTensor, HeadState) {
     let (x_values, theta_values) = (x.storage::<f32>(), theta.storage::<f32>());
     let (mut dx, mut dtheta) = (vec![0f32; x_values.len()], vec![0f32; theta_values.len()]);
     let mut gradients = source.gradients(&mut dtheta);

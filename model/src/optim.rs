@@ -42,7 +42,10 @@ impl AdamW {
     /// # Panics
     /// If a slice is not as long as the moments.
     pub fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
-        assert!(values.len() == self.first.len() && gradient.len() == self.first.len(), "one value for each moment");
+        assert!(
+            values.len() == self.first.len() && gradient.len() == self.first.len(),
+            "one value for each moment"
+        );
         self.step += 1;
         let c = self.config;
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(self.step);

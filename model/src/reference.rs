@@ -43,8 +43,14 @@ struct EvalBlock {
 
 /// The model named by `FLEETUNE_SMOLLM2` or in the user's cache folder, if it is there.
 pub(crate) fn smollm2() -> Option<BaseModel> {
-    let cache = || env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-    let path = env::var_os("FLEETUNE_SMOLLM2").map(PathBuf::from).or_else(|| Some(cache()?.join("fleetune").join(FILE)))?;
+    let cache = || {
+        env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")))
+    };
+    let path = env::var_os("FLEETUNE_SMOLLM2")
+        .map(PathBuf::from)
+        .or_else(|| Some(cache()?.join("fleetune").join(FILE)))?;
     if !path.exists() {
         eprintln!("skipped: {} is not there (set FLEETUNE_SMOLLM2)", path.display());
         return None;
@@ -73,14 +79,20 @@ fn prompts_have_their_logits_and_greedy_continuations() {
     for prompt in logits().prompts {
         let logits = last_logits(&base, None, &prompt.ids).unwrap();
         for (id, expected) in prompt.top5_ids.iter().zip(&prompt.top5_logits) {
-            assert!((logits[*id] - expected).abs() < 1e-2, "{:?} token {id}: {}, expected {expected}", prompt.text, logits[*id]);
+            assert!(
+                (logits[*id] - expected).abs() < 1e-2,
+                "{:?} token {id}: {}, expected {expected}",
+                prompt.text,
+                logits[*id]
+            );
         }
         let log_sum = logits.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
         assert!((log_sum - prompt.logsumexp).abs() < 1e-2, "{:?}: {log_sum}", prompt.text);
         let sampling = Sampling { max_tokens: prompt.greedy16_ids.len(), ..Sampling::default() };
         let made = generate(&base, None, &prompt.ids, &sampling, &mut |_| ControlFlow::Continue(())).unwrap();
         let eos = base.tokenizer.eos();
-        let expected: Vec<u32> = prompt.greedy16_ids.iter().copied().take_while(|id| Some(*id) != eos).collect();
+        let expected: Vec<u32> =
+            prompt.greedy16_ids.iter().copied().take_while(|id| Some(*id) != eos).collect();
         assert_eq!(made, expected, "{:?}", prompt.text);
     }
 }
@@ -88,7 +100,8 @@ fn prompts_have_their_logits_and_greedy_continuations() {
 #[test]
 fn the_fixed_blocks_have_the_reference_loss() {
     let Some(base) = smollm2() else { return };
-    let blocks: EvalBlocks = serde_json::from_str(include_str!("../data/reference/smollm2_eval_blocks.json")).unwrap();
+    let blocks: EvalBlocks =
+        serde_json::from_str(include_str!("../data/reference/smollm2_eval_blocks.json")).unwrap();
     for (name, blocks, expected) in [("seen", blocks.seen, 4.782), ("held-out", blocks.heldout, 4.723)] {
         let blocks: Vec<Vec<u32>> = blocks.into_iter().map(|b| b.ids).collect();
         let found = evaluate(&base, None, &blocks).unwrap();

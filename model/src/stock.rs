@@ -98,7 +98,9 @@ impl StockModel {
     /// Pairs (2j, 2j + 1) as the last dimension of five.
     fn rotate(&self, x: Tensor<4>, device: &Device) -> Tensor<4> {
         let [b, heads, s, d] = x.dims();
-        let angle = |i: usize| (i / (d / 2)) as f32 * self.config.rope_base.powf(-2.0 * (i % (d / 2)) as f32 / d as f32);
+        let angle = |i: usize| {
+            (i / (d / 2)) as f32 * self.config.rope_base.powf(-2.0 * (i % (d / 2)) as f32 / d as f32)
+        };
         let table = |f: fn(f32) -> f32| {
             let values: Vec<f32> = (0..s * d / 2).map(|i| f(angle(i))).collect();
             Tensor::<1>::from_floats(values.as_slice(), device).reshape([1, 1, s, d / 2, 1])
@@ -155,7 +157,7 @@ mod tests {
     }
 
     fn gradient_of<const D: usize>(leaf: &Tensor<D>, gradients: &burn::tensor::Gradients) -> Vec<f32> {
-        leaf.grad(gradients).unwrap().into_data().to_vec().unwrap()
+        leaf.grad(gradients).unwrap().into_data().try_to_vec().unwrap()
     }
 
     fn frozen_layers(base: &BaseModel, device: &Device) -> Vec<StockLayer> {
@@ -222,7 +224,8 @@ mod tests {
         let adapter = adapter(&layout);
         let batch = batch(&config, case.shape.0, case.shape.1);
         let (expected_loss, expected) = stock_lora(&base, &adapter, &batch);
-        let mut trainer = LoraTrainer::new(base, layout, TrainerOptions { recompute: case.recompute }).unwrap();
+        let mut trainer =
+            LoraTrainer::new(base, layout, TrainerOptions { recompute: case.recompute }).unwrap();
         let mut gradient = vec![f32::NAN; expected.len()];
         let loss = trainer.loss_and_gradient(&adapter.values, &batch, &mut gradient).unwrap();
         assert!((loss / expected_loss - 1.0).abs() < 1e-5, "{loss} {expected_loss}");
@@ -260,7 +263,8 @@ mod tests {
             rest = after;
             part
         };
-        let embedding = tensor(take(c.vocab_size * c.hidden), [c.vocab_size, c.hidden], &device).require_grad();
+        let embedding =
+            tensor(take(c.vocab_size * c.hidden), [c.vocab_size, c.hidden], &device).require_grad();
         let norm = |values: &[f32]| tensor(values, [c.hidden], &device).require_grad();
         let output_norm = norm(take(c.hidden));
         let mut layers = Vec::new();
@@ -268,7 +272,10 @@ mod tests {
             let (attn_norm, ffn_norm) = (norm(take(c.hidden)), norm(take(c.hidden)));
             let projections = Projection::ALL.map(|p| {
                 let (rows, cols) = p.shape(c);
-                StockLinear { weight: tensor(take(rows * cols), [rows, cols], &device).require_grad(), lora: None }
+                StockLinear {
+                    weight: tensor(take(rows * cols), [rows, cols], &device).require_grad(),
+                    lora: None,
+                }
             });
             layers.push(StockLayer { attn_norm, ffn_norm, projections });
         }
@@ -318,11 +325,13 @@ mod tests {
         let direction = noise(parameters.len(), 1.0, 9);
         let step = 2e-4f32;
         let mut moved = |sign: f32| {
-            let values: Vec<f32> = parameters.iter().zip(&direction).map(|(p, d)| p + sign * step * d).collect();
+            let values: Vec<f32> =
+                parameters.iter().zip(&direction).map(|(p, d)| p + sign * step * d).collect();
             f64::from(trainer.loss(&values, &batch).unwrap())
         };
         let measured = (moved(1.0) - moved(-1.0)) / (2.0 * f64::from(step));
-        let predicted: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+        let predicted: f64 =
+            gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
         assert!((measured / predicted - 1.0).abs() < 0.01, "{measured} {predicted}");
     }
 }

@@ -56,7 +56,14 @@ impl Heads {
         View::strided(&data[first * width + head * self.head_dim..], rows, self.head_dim, width)
     }
 
-    fn view_mut<'a>(&self, data: &'a mut [f32], width: usize, head: usize, first: usize, rows: usize) -> ViewMut<'a> {
+    fn view_mut<'a>(
+        &self,
+        data: &'a mut [f32],
+        width: usize,
+        head: usize,
+        first: usize,
+        rows: usize,
+    ) -> ViewMut<'a> {
         ViewMut::strided(&mut data[first * width + head * self.head_dim..], rows, self.head_dim, width)
     }
 
@@ -78,8 +85,20 @@ impl Attention<'_> {
             for first in (0..rows).step_by(TILE_ROWS) {
                 let (n, keys) = tile(rows, self.past, first);
                 let p = &mut scores[..n * keys];
-                product(ViewMut::new(p, n, keys), Into::Overwrite, self.queries(head, first, n), self.keys(head, keys).t(), 1.0);
-                causal_softmax(p, keys, self.past + first, s.scale(), &mut log_sum[head * rows + first..][..n]);
+                product(
+                    ViewMut::new(p, n, keys),
+                    Into::Overwrite,
+                    self.queries(head, first, n),
+                    self.keys(head, keys).t(),
+                    1.0,
+                );
+                causal_softmax(
+                    p,
+                    keys,
+                    self.past + first,
+                    s.scale(),
+                    &mut log_sum[head * rows + first..][..n],
+                );
                 let out = s.view_mut(context, s.q_width(), head, first, n);
                 product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, keys), 1.0);
             }
@@ -97,7 +116,13 @@ impl Attention<'_> {
             // The last tile reaches every key, so it alone overwrites dk and dv.
             for first in (0..rows).step_by(TILE_ROWS).rev() {
                 let (n, keys) = tile(rows, 0, first);
-                let tile = Tile { head, first, rows: n, keys, into: if first_of_group { Into::Overwrite } else { Into::Add } };
+                let tile = Tile {
+                    head,
+                    first,
+                    rows: n,
+                    keys,
+                    into: if first_of_group { Into::Overwrite } else { Into::Add },
+                };
                 let lse = &log_sum[head * rows + first..][..n];
                 self.tile_backward(&tile, lse, dcontext, (&mut p[..n * keys], &mut dp[..n * keys]), out);
                 first_of_group = false;
@@ -105,10 +130,18 @@ impl Attention<'_> {
         }
     }
 
-    fn tile_backward(&self, t: &Tile, lse: &[f32], dcontext: &[f32], scores: (&mut [f32], &mut [f32]), out: &mut AttentionGradients<'_>) {
+    fn tile_backward(
+        &self,
+        t: &Tile,
+        lse: &[f32],
+        dcontext: &[f32],
+        scores: (&mut [f32], &mut [f32]),
+        out: &mut AttentionGradients<'_>,
+    ) {
         let (s, (p, dp)) = (self.shape, scores);
         let (n, keys, scale) = (t.rows, t.keys, self.shape.scale());
-        let (q, k, v) = (self.queries(t.head, t.first, n), self.keys(t.head, keys), self.values(t.head, keys));
+        let (q, k, v) =
+            (self.queries(t.head, t.first, n), self.keys(t.head, keys), self.values(t.head, keys));
         let dctx = s.view(dcontext, s.q_width(), t.head, t.first, n);
         let kv = s.kv_head(t.head);
         product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t(), 1.0);
@@ -116,7 +149,13 @@ impl Attention<'_> {
         product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t(), 1.0);
         product(s.view_mut(out.dv, s.kv_width(), kv, 0, keys), t.into, View::new(p, n, keys).t(), dctx, 1.0);
         softmax_backward(p, dp, keys, scale);
-        product(s.view_mut(out.dq, s.q_width(), t.head, t.first, n), Into::Overwrite, View::new(dp, n, keys), k, 1.0);
+        product(
+            s.view_mut(out.dq, s.q_width(), t.head, t.first, n),
+            Into::Overwrite,
+            View::new(dp, n, keys),
+            k,
+            1.0,
+        );
         product(s.view_mut(out.dk, s.kv_width(), kv, 0, keys), t.into, View::new(dp, n, keys).t(), q, 1.0);
     }
 

@@ -45,7 +45,12 @@ impl Head<'_> {
     }
 
     /// The same, and its gradients.
-    pub(crate) fn loss_and_gradient(&self, x: &[f32], targets: Targets<'_>, gradients: &mut HeadGradients<'_>) -> f32 {
+    pub(crate) fn loss_and_gradient(
+        &self,
+        x: &[f32],
+        targets: Targets<'_>,
+        gradients: &mut HeadGradients<'_>,
+    ) -> f32 {
         let (h, v) = (self.output.cols(), self.output.rows());
         let (normalized, inverse_rms) = self.norm.forward(x);
         let mut dnormalized = buffer(x.len());

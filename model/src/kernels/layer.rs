@@ -72,7 +72,8 @@ impl Layer<'_> {
         let p = self.project(x, 0, length, &mut low);
         let (context, log_sum) = self.attend_sequences(&p, length);
         let feed_forward = self.finish(x, &context, y, &mut low);
-        let attention = SavedAttention { inverse_rms: p.inverse_rms, q: p.q, k: p.k, v: p.v, log_sum, context };
+        let attention =
+            SavedAttention { inverse_rms: p.inverse_rms, q: p.q, k: p.k, v: p.v, log_sum, context };
         Saved { attention, feed_forward, low }
     }
 
@@ -86,7 +87,8 @@ impl Layer<'_> {
         cache.values.extend_from_slice(&p.v);
         let mut context = buffer(p.q.len());
         let mut log_sum = buffer(length * self.heads.heads);
-        Attention { shape: self.heads, q: &p.q, k: &cache.keys, v: &cache.values, past }.forward(&mut context, &mut log_sum);
+        Attention { shape: self.heads, q: &p.q, k: &cache.keys, v: &cache.values, past }
+            .forward(&mut context, &mut log_sum);
         self.finish(x, &context, y, &mut low);
     }
 
@@ -118,7 +120,13 @@ impl Layer<'_> {
         (context, log_sum)
     }
 
-    fn finish(&self, x: &[f32], context: &[f32], y: &mut [f32], low: &mut LowActivations) -> SavedFeedForward {
+    fn finish(
+        &self,
+        x: &[f32],
+        context: &[f32],
+        y: &mut [f32],
+        low: &mut LowActivations,
+    ) -> SavedFeedForward {
         let mut input = self.apply(Projection::O, context, low);
         add(&mut input, x);
         let (normalized, inverse_rms) = self.ffn_norm.forward(&input);

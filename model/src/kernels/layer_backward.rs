@@ -37,7 +37,12 @@ struct HeadsGradient {
 
 impl Layer<'_> {
     /// Fills `gradients`; returns the gradient of x if `needs_dx`.
-    pub(crate) fn backward(&self, pass: LayerPass<'_>, gradients: &mut LayerGradients<'_>, needs_dx: bool) -> Option<Vec<f32>> {
+    pub(crate) fn backward(
+        &self,
+        pass: LayerPass<'_>,
+        gradients: &mut LayerGradients<'_>,
+        needs_dx: bool,
+    ) -> Option<Vec<f32>> {
         let mut dx = pass.dy.to_vec();
         self.feed_forward_backward(pass, gradients, &mut dx);
         let heads = self.attention_backward(pass, gradients, &dx);
@@ -51,13 +56,25 @@ impl Layer<'_> {
         let mut dgate = self.down_backward(pass, gradients);
         let mut dup = buffer(dgate.len());
         swiglu_backward(&mut dgate, &saved.gate, &saved.up, &mut dup);
-        let normalized = self.input_if_needed(&self.ffn_norm, &saved.input, gradients, &[Projection::Gate, Projection::Up]);
+        let normalized = self.input_if_needed(
+            &self.ffn_norm,
+            &saved.input,
+            gradients,
+            &[Projection::Gate, Projection::Up],
+        );
         let mut dnormalized = buffer(dx.len());
         let low = &pass.saved.low;
-        for (p, dy, into) in [(Projection::Gate, &dgate, Into::Overwrite), (Projection::Up, &dup, Into::Add)] {
+        for (p, dy, into) in [(Projection::Gate, &dgate, Into::Overwrite), (Projection::Up, &dup, Into::Add)]
+        {
             let i = p as usize;
             let out = Some((&mut dnormalized[..], into));
-            self.projections[i].backward(&normalized, low[i].as_ref(), dy, &mut gradients.projections[i], out);
+            self.projections[i].backward(
+                &normalized,
+                low[i].as_ref(),
+                dy,
+                &mut gradients.projections[i],
+                out,
+            );
         }
         self.ffn_norm.backward_input(&saved.input, &saved.inverse_rms, &dnormalized, dx);
         if let Some(gain) = gradients.ffn_norm.as_deref_mut() {
@@ -77,18 +94,37 @@ impl Layer<'_> {
     }
 
     /// Through the output projection, the attention and the rotation, given the gradient of their sum.
-    fn attention_backward(&self, pass: LayerPass<'_>, gradients: &mut LayerGradients<'_>, dy: &[f32]) -> HeadsGradient {
+    fn attention_backward(
+        &self,
+        pass: LayerPass<'_>,
+        gradients: &mut LayerGradients<'_>,
+        dy: &[f32],
+    ) -> HeadsGradient {
         let (saved, shape, i) = (&pass.saved.attention, self.heads, Projection::O as usize);
         let mut dcontext = buffer(saved.context.len());
         let out = Some((&mut dcontext[..], Into::Overwrite));
-        self.projections[i].backward(&saved.context, pass.saved.low[i].as_ref(), dy, &mut gradients.projections[i], out);
+        self.projections[i].backward(
+            &saved.context,
+            pass.saved.low[i].as_ref(),
+            dy,
+            &mut gradients.projections[i],
+            out,
+        );
         let (mut dq, mut dk, mut dv) = (buffer(saved.q.len()), buffer(saved.k.len()), buffer(saved.v.len()));
         let (q_len, kv_len) = (pass.length * shape.q_width(), pass.length * shape.kv_width());
         for sequence in 0..saved.q.len() / q_len {
-            let (q, kv) = (sequence * q_len..(sequence + 1) * q_len, sequence * kv_len..(sequence + 1) * kv_len);
+            let (q, kv) =
+                (sequence * q_len..(sequence + 1) * q_len, sequence * kv_len..(sequence + 1) * kv_len);
             let log_sum = &saved.log_sum[sequence * pass.length * shape.heads..][..pass.length * shape.heads];
-            let attention = Attention { shape, q: &saved.q[q.clone()], k: &saved.k[kv.clone()], v: &saved.v[kv.clone()], past: 0 };
-            let mut out = AttentionGradients { dq: &mut dq[q.clone()], dk: &mut dk[kv.clone()], dv: &mut dv[kv] };
+            let attention = Attention {
+                shape,
+                q: &saved.q[q.clone()],
+                k: &saved.k[kv.clone()],
+                v: &saved.v[kv.clone()],
+                past: 0,
+            };
+            let mut out =
+                AttentionGradients { dq: &mut dq[q.clone()], dk: &mut dk[kv.clone()], dv: &mut dv[kv] };
             attention.backward(log_sum, &dcontext[q], &mut out);
         }
         self.rope.rotate(&mut dq, shape.heads, 0, pass.length, Turn::Backward);
@@ -97,7 +133,13 @@ impl Layer<'_> {
     }
 
     /// Through q, k, v and the first norm; adds to `dx` where it is wanted.
-    fn inputs_backward(&self, pass: LayerPass<'_>, heads: HeadsGradient, gradients: &mut LayerGradients<'_>, dx: Option<&mut Vec<f32>>) {
+    fn inputs_backward(
+        &self,
+        pass: LayerPass<'_>,
+        heads: HeadsGradient,
+        gradients: &mut LayerGradients<'_>,
+        dx: Option<&mut Vec<f32>>,
+    ) {
         let through_norm = dx.is_some() || gradients.attn_norm.is_some();
         let inputs = [Projection::Q, Projection::K, Projection::V];
         let normalized = self.input_if_needed(&self.attn_norm, pass.x, gradients, &inputs);
@@ -106,7 +148,13 @@ impl Layer<'_> {
             let i = p as usize;
             let into = if p == Projection::Q { Into::Overwrite } else { Into::Add };
             let out = through_norm.then_some((&mut dnormalized[..], into));
-            self.projections[i].backward(&normalized, pass.saved.low[i].as_ref(), dy, &mut gradients.projections[i], out);
+            self.projections[i].backward(
+                &normalized,
+                pass.saved.low[i].as_ref(),
+                dy,
+                &mut gradients.projections[i],
+                out,
+            );
         }
         let inverse_rms = &pass.saved.attention.inverse_rms;
         if let Some(dx) = dx {
@@ -118,7 +166,13 @@ impl Layer<'_> {
     }
 
     /// The norm's output if a gradient of one of the projections behind it needs it, else nothing.
-    fn input_if_needed(&self, norm: &Norm<'_>, x: &[f32], gradients: &LayerGradients<'_>, behind: &[Projection]) -> Buffer {
+    fn input_if_needed(
+        &self,
+        norm: &Norm<'_>,
+        x: &[f32],
+        gradients: &LayerGradients<'_>,
+        behind: &[Projection],
+    ) -> Buffer {
         let needed = behind.iter().any(|p| gradients.projections[*p as usize].need_input());
         if needed { norm.forward(x).0 } else { buffer(0) }
     }

@@ -75,7 +75,8 @@ impl<'a> Weight<'a> {
         let (n, k) = (self.rows(), self.cols());
         let m = x.len() / k;
         if m <= FEW_ROWS {
-            return self.for_each_tile(SMALL_TILE_VALUES, |first, tile| dot_tile(x, tile, k, &mut y[first..], n));
+            return self
+                .for_each_tile(SMALL_TILE_VALUES, |first, tile| dot_tile(x, tile, k, &mut y[first..], n));
         }
         self.for_each_tile(TILE_VALUES, |first, tile| {
             let rows = tile.len() / k;
@@ -135,8 +136,20 @@ impl Linear<'_> {
         let (n, k, r) = (self.weight.rows(), self.weight.cols(), lora.rank);
         let m = x.len() / k;
         let mut low = buffer(m * r);
-        product(ViewMut::new(&mut low, m, r), Into::Overwrite, View::new(x, m, k), View::new(lora.a, r, k).t(), 1.0);
-        product(ViewMut::new(y, m, n), Into::Add, View::new(&low, m, r), View::new(lora.b, n, r).t(), lora.scale);
+        product(
+            ViewMut::new(&mut low, m, r),
+            Into::Overwrite,
+            View::new(x, m, k),
+            View::new(lora.a, r, k).t(),
+            1.0,
+        );
+        product(
+            ViewMut::new(y, m, n),
+            Into::Add,
+            View::new(&low, m, r),
+            View::new(lora.b, n, r).t(),
+            lora.scale,
+        );
         Some(low)
     }
 

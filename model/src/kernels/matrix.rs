@@ -34,7 +34,13 @@ impl<'a> View<'a> {
 
     /// The transpose of the same memory.
     pub(crate) fn t(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
     }
 }
 
@@ -71,17 +77,36 @@ pub(crate) fn product(out: ViewMut<'_>, into: Into, left: View<'_>, right: View<
     assert!(
         out.rows == left.rows && out.cols == right.cols && left.cols == right.rows,
         "product [{}, {}] * [{}, {}] into [{}, {}]",
-        left.rows, left.cols, right.rows, right.cols, out.rows, out.cols,
+        left.rows,
+        left.cols,
+        right.rows,
+        right.cols,
+        out.rows,
+        out.cols,
     );
     let add = into == Into::Add;
     // SAFETY: each view was checked to lie inside its slice, `out` is borrowed uniquely, and the shapes agree.
     unsafe {
         gemm::gemm(
-            out.rows, out.cols, left.cols,
-            out.data.as_mut_ptr(), 1, out.row_stride as isize, add,
-            left.data.as_ptr(), left.col_stride as isize, left.row_stride as isize,
-            right.data.as_ptr(), right.col_stride as isize, right.row_stride as isize,
-            if add { 1.0 } else { 0.0 }, alpha, false, false, false, gemm::Parallelism::None,
+            out.rows,
+            out.cols,
+            left.cols,
+            out.data.as_mut_ptr(),
+            1,
+            out.row_stride as isize,
+            add,
+            left.data.as_ptr(),
+            left.col_stride as isize,
+            left.row_stride as isize,
+            right.data.as_ptr(),
+            right.col_stride as isize,
+            right.row_stride as isize,
+            if add { 1.0 } else { 0.0 },
+            alpha,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
         );
     }
 }
@@ -96,7 +121,13 @@ mod tests {
         let b: Vec<f32> = (0..8).map(|i| i as f32 - 3.0).collect();
         let mut out = vec![1f32; 6];
         // a is [2, 3]; b's first two columns of four are used: [2, 2].
-        product(ViewMut::new(&mut out, 3, 2), Into::Add, View::new(&a, 2, 3).t(), View::strided(&b, 2, 2, 4), 2.0);
+        product(
+            ViewMut::new(&mut out, 3, 2),
+            Into::Add,
+            View::new(&a, 2, 3).t(),
+            View::strided(&b, 2, 2, 4),
+            2.0,
+        );
         let mut expected = [0f32; 6];
         for i in 0..3 {
             for j in 0..2 {
