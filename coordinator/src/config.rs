@@ -150,7 +150,7 @@ impl Config {
         let own: Table = toml::from_str(text).map_err(in_file)?;
         required(path, &own)?;
         let file: File = over_sample(own).try_into().map_err(in_file)?;
-        let folder = path.parent().unwrap_or(Path::new(""));
+        let folder = path.parent().unwrap_or_else(|| Path::new(""));
         let config = Self {
             population: parse_name(path, "population", &file.population)?,
             signing_key_file: folder.join(file.signing_key_file),
@@ -192,7 +192,7 @@ impl Config {
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let listen = &self.listen;
         let tls = listen.is_tls();
-        if tls != !listen.key_file.as_os_str().is_empty() {
+        if tls == listen.key_file.as_os_str().is_empty() {
             return Err(setting(path, "listen.key_file", "certificate_file and key_file come together"));
         }
         let rules = [

@@ -6,7 +6,7 @@ use ed25519_dalek::{SigningKey, pkcs8::EncodePrivateKey, pkcs8::spki::der::pem::
 use fleetune_coordinator::{config::Config, serve::Server, store::Store};
 use std::{
     fs,
-    io::Write,
+    io::{IsTerminal, Write},
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -56,7 +56,8 @@ enum Command {
 async fn main() -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env();
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     match Arguments::parse().command {
         Command::Serve { config, listen, ready_file } => serve(&config, listen, ready_file.as_deref()).await,
         Command::Keygen { out } => keygen(&out),
@@ -139,9 +140,9 @@ fn table(status: &serde_json::Value) -> String {
     for task in list(&status["tasks"]) {
         lines.push(format!("task {}: round {} of {}", text(&task["task"]), task["round"], task["rounds"]));
         for attempt in list(&task["attempts"]) {
-            let outcome = match &attempt["outcome"]["Failed"] {
-                serde_json::Value::String(reason) => format!("failed: {reason}"),
-                _ => format!("finished, update norm {}", attempt["update_norm"]),
+            let outcome = match attempt["outcome"]["Failed"].as_str() {
+                Some(reason) => format!("failed: {reason}"),
+                None => format!("finished, update norm {}", attempt["update_norm"]),
             };
             lines.push(format!(
                 "  round {} attempt {}: {} selected, {} completed, {} withdrawn; {outcome}",

@@ -263,10 +263,6 @@ fn uploads_have_slots_and_idle_ones_are_given_away() {
     submit_blob(&mut world, &tokens[1], &updates[1]).unwrap_err();
     contribute(&mut world, &tokens[1], 1).unwrap();
     assert_eq!(write(&mut world, &third), Ok(updates[2].len() as u64), "a finished upload leaves its slot");
-    assert!(
-        UPLOAD_IDLE_MS_MAX > 20_000,
-        "idle slots outlast this round; the session table drops them with it"
-    );
     assert_eq!(submit_blob(&mut world, &tokens[2], &updates[2]), Ok(EndReason::Contributed));
 }
 
@@ -279,9 +275,9 @@ fn an_idle_upload_gives_its_slot_to_another_and_starts_over() {
     let mut world = World::with_task(0, slow);
     keep(&mut world);
     let tokens: Vec<_> = (1..=3).map(|nonce| join(&mut world, nonce)).collect();
-    for device in 0..2 {
+    for (device, token) in tokens[..2].iter().enumerate() {
         let bytes = update(&world, device);
-        write(&mut world, &chunk(&tokens[device], &bytes, 0, 1000)).unwrap();
+        write(&mut world, &chunk(token, &bytes, 0, 1000)).unwrap();
     }
     world.now = world.now.plus(UPLOAD_IDLE_MS_MAX);
     assert_eq!(contribute(&mut world, &tokens[2], 2), Ok(EndReason::Contributed));
