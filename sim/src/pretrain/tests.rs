@@ -69,7 +69,8 @@ fn a_model_and_its_record_come_out_and_repeat() {
 #[test]
 fn what_cannot_end_well_does_not_start() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let cases: [(&str, fn(&mut PretrainArgs)); 5] = [
+    type Spoil = fn(&mut PretrainArgs);
+    let cases: [(&str, Spoil); 5] = [
         ("file_bytes_max = 5000", |args| args.file_bytes_max = 5000),
         ("hidden must be a multiple of heads", |args| args.heads = 3),
         ("of 4000 tokens", |args| args.vocab = 4000),
