@@ -7,7 +7,7 @@ use crate::{experiment::Experiment, pool::Pending, pool::Pool, scenario::Scenari
 use anyhow::{Context, Result, bail, ensure};
 use ed25519_dalek::SigningKey;
 use fleetune_client::training::{LocalTrainer, LocalUpdate};
-use fleetune_coordinator::{Commit, Core, CoreSetup, PacePolicy, RoundRecord, TaskSpec};
+use fleetune_coordinator::{Commit, Core, CoreSetup, PacePolicy, RoundOutcome as Ending, RoundRecord, TaskSpec};
 use fleetune_proto::{
     Digest, Name, ReleaseManifest, TrustRoot, UnixMillis,
     device::{Action, Device, DeviceFloors, DeviceSetup, Event, Request, Response, TrainOrder},
@@ -30,7 +30,7 @@ const FAILED_ATTEMPTS_MAX: u32 = 20;
 const VIRTUAL_MS_MAX: u64 = 10 * 365 * 24 * 3600 * 1000;
 
 /// One finished round, as the run sees it.
-pub struct RoundOutcome {
+pub struct FinishedRound {
     /// The coordinator's record.
     pub record: RoundRecord,
     /// Attempts that failed before it.
@@ -150,7 +150,7 @@ impl<'a> Fleet<'a> {
 
     /// Runs to the end of the task and until every device runs its release. `on_round` sees each
     /// finished round.
-    pub fn run(mut self, on_round: &mut dyn FnMut(RoundOutcome) -> Result<()>) -> Result<FleetOutcome> {
+    pub fn run(mut self, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<FleetOutcome> {
         self.commit(on_round)?;
         while let Some(Reverse((at, _, device))) = self.queue.pop() {
             self.advance(at, on_round)?;
@@ -207,7 +207,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Lets virtual time reach `at`, the coordinator's deadlines on the way included.
-    fn advance(&mut self, at: UnixMillis, on_round: &mut dyn FnMut(RoundOutcome) -> Result<()>) -> Result<()> {
+    fn advance(&mut self, at: UnixMillis, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
         ensure!(at.since(EPOCH) < VIRTUAL_MS_MAX, "the fleet made no progress in ten virtual years");
         while let Some(deadline) = self.core.poll_timeout().filter(|deadline| *deadline <= at) {
             self.now = self.now.max(deadline);
@@ -329,13 +329,13 @@ impl<'a> Fleet<'a> {
     fn call(&mut self, index: usize, request: Request) {
         let now = self.now;
         let answer = match request {
-            Request::CheckIn(r) => self.core.handle_check_in(r, now).map(Response::CheckIn),
-            Request::WriteBlobChunk(r) => self.core.handle_write_chunk(r, now).map(Response::WriteBlobChunk),
-            Request::SubmitUpdate(r) => self.core.handle_submit(r, now).map(Response::SubmitUpdate),
+            Request::CheckIn(r) => self.core.handle_check_in(&r, now).map(Response::CheckIn),
+            Request::WriteBlobChunk(r) => self.core.handle_write_chunk(&r, now).map(Response::WriteBlobChunk),
+            Request::SubmitUpdate(r) => self.core.handle_submit(&r, now).map(Response::SubmitUpdate),
             Request::ReportTaskResult(r) => {
-                self.core.handle_report_task(r, now).map(|_| Response::ReportTaskResult)
+                self.core.handle_report_task(&r, now).map(|_| Response::ReportTaskResult)
             }
-            Request::ReportRelease(r) => self.core.handle_report_release(r, now).map(|_| Response::ReportRelease),
+            Request::ReportRelease(r) => self.core.handle_report_release(&r, now).map(|_| Response::ReportRelease),
         };
         let device = &mut self.devices[index];
         match answer {
@@ -366,7 +366,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Takes what the coordinator wants durable; memory is as durable as a simulation gets.
-    fn commit(&mut self, on_round: &mut dyn FnMut(RoundOutcome) -> Result<()>) -> Result<()> {
+    fn commit(&mut self, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
         while let Some(commit) = self.core.poll_commit() {
             let id = commit.id;
             for (digest, bytes) in &commit.blobs {
@@ -387,10 +387,10 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    fn note_round(&mut self, commit: Commit, on_round: &mut dyn FnMut(RoundOutcome) -> Result<()>) -> Result<()> {
+    fn note_round(&mut self, commit: Commit, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
         let Some(record) = commit.record else { return Ok(()) };
         let contributions = std::mem::take(&mut self.contributions);
-        if let Some(reason) = record.failure() {
+        if let Ending::Failed(reason) = &record.outcome {
             self.failed_attempts += 1;
             tracing::info!(round = record.round, attempt = record.attempt, reason, "the round failed");
             if self.failed_attempts > FAILED_ATTEMPTS_MAX {
@@ -401,13 +401,13 @@ impl<'a> Fleet<'a> {
         let tokens = contributions.iter().map(|(_, tokens)| tokens).sum();
         let train_nll = contributions.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
         let failed_attempts = std::mem::take(&mut self.failed_attempts);
-        on_round(RoundOutcome {
+        on_round(FinishedRound {
             record,
             failed_attempts,
             train_nll: train_nll / contributions.len().max(1) as f64,
             tokens,
             virtual_seconds: self.now.since(EPOCH) as f64 / 1000.0,
-            adapter: commit.progress.adapter,
+            adapter: commit.progress.adapter.clone(),
         })
     }
 
@@ -457,7 +457,12 @@ fn population() -> Result<Name> {
 
 fn pace(scenario: &Scenario) -> PacePolicy {
     let [min, max] = scenario.fleet.check_in_s;
-    PacePolicy { soon_ms: (min * 1000, max * 1000), idle_ms: (min * 1000, max * 1000) }
+    PacePolicy {
+        soon_ms: min * 1000,
+        idle_ms_min: min * 1000,
+        idle_ms_max: max * 1000,
+        check_ins_per_second_max: u32::MAX,
+    }
 }
 
 fn is_contributed(response: &Response) -> bool {

@@ -7,7 +7,7 @@
 use crate::{
     baselines::{BothGroups, central, evaluate_both, local_only},
     experiment::Experiment,
-    fleet::{Fleet, FleetOutcome, RoundOutcome},
+    fleet::{Fleet, FinishedRound, FleetOutcome},
     pool::{Pending, Pool},
     report::{
         CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
@@ -195,7 +195,7 @@ impl<'a> RoundLog<'a> {
         }
     }
 
-    fn note(&mut self, outcome: RoundOutcome) -> Result<()> {
+    fn note(&mut self, outcome: FinishedRound) -> Result<()> {
         let record = &outcome.record;
         let round = record.round + 1;
         self.tokens += outcome.tokens;
@@ -210,14 +210,14 @@ impl<'a> RoundLog<'a> {
             train_nll: outcome.train_nll,
             eval_nll: None,
             heldout_nll: None,
-            update_norm: f64::from(record.update_norm),
+            update_norm: record.update_norm.unwrap_or(0.0),
             tokens: self.tokens,
             virtual_seconds: outcome.virtual_seconds,
             seconds,
         });
         eprintln!(
             "round {round:>3}/{}  {:>3} of {:>3} contributed  train NLL {:.3}  update norm {:.2}  {seconds:.1} s",
-            self.scenario.rounds, record.completed, record.selected, outcome.train_nll, record.update_norm
+            self.scenario.rounds, record.completed, record.selected, outcome.train_nll, record.update_norm.unwrap_or(0.0)
         );
         if round.is_multiple_of(self.scenario.evaluation.every) || round == self.scenario.rounds {
             let job = evaluate_both(self.pool, self.experiment, Some(outcome.adapter.clone()));

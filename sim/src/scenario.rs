@@ -133,15 +133,15 @@ pub struct Server {
     /// "fedavg", "fedavgm" or "fedadam".
     pub optimizer: String,
     /// Server learning rate.
-    pub learning_rate: f32,
+    pub learning_rate: f64,
     /// Of "fedavgm".
-    pub momentum: f32,
+    pub momentum: f64,
     /// Of "fedadam".
-    pub beta1: f32,
+    pub beta1: f64,
     /// Of "fedadam".
-    pub beta2: f32,
+    pub beta2: f64,
     /// Of "fedadam".
-    pub tau: f32,
+    pub tau: f64,
 }
 
 /// What is measured.
