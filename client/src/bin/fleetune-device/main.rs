@@ -1,2 +1,47 @@
-//! placeholder
-fn main() {}
+//! The reference device: the client crate with a file for its data and flags for its conditions.
+//!
+//! `run` is in `run.rs`, what is kept between runs in `settings.rs`; `generate` and `status` only read.
+
+mod generate;
+mod run;
+mod settings;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(name = "fleetune-device", version, about = "A device of a fleetune fleet.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take part: check in, train on own data, contribute, install releases.
+    Run(run::RunArguments),
+    /// Continue a text with the model that serves on this device.
+    Generate(generate::GenerateArguments),
+    /// Show what this device holds.
+    Status(status::StatusArguments),
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let done = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Generate(arguments) => generate::generate(&arguments),
+        Command::Status(arguments) => status::status(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! What `run` is told once and keeps in `STATE/device.toml`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use fleetune_client::files::write_atomically;
+use fleetune_client::{DeviceFloors, Name, TrustRoot};
+use serde::{Deserialize, Serialize};
+
+/// Settings as flags; one that is given replaces the one kept.
+#[derive(Args, Default)]
+pub(crate) struct SettingsArguments {
+    /// Population of this device.
+    #[arg(long, value_name = "NAME")]
+    pub population: Option<String>,
+    /// Ed25519 public key that this device trusts for plans and releases; may be given several times.
+    #[arg(long = "trust-key", value_name = "HEX")]
+    pub trust_keys: Vec<String>,
+    /// Trusted keys that must have signed [default: 1].
+    #[arg(long, value_name = "N")]
+    pub trust_threshold: Option<usize>,
+    /// PEM certificates that sign the coordinator's [default: the public web's].
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Device class; many devices must share it.
+    #[arg(long = "class", value_name = "NAME")]
+    pub device_class: Option<String>,
+    /// Let the coordinator see this device's update by itself. Tests and trusted silos only.
+    #[arg(long)]
+    pub insecure_allow_plaintext_aggregation: bool,
+    /// Speak http:// to another machine: everybody on the way reads and changes what passes.
+    #[arg(long)]
+    pub insecure_plaintext_remote: bool,
+}
+
+/// The file. Every field may be edited by the device's owner.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settings {
+    /// See [`SettingsArguments`].
+    pub population: Option<String>,
+    pub trust_keys: Vec<String>,
+    pub trust_threshold: usize,
+    pub ca: Option<PathBuf>,
+    pub device_class: String,
+    pub insecure_allow_plaintext_aggregation: bool,
+    pub insecure_plaintext_remote: bool,
+    /// No plan may go below these, whoever signed it.
+    pub floors: Floors,
+}
+
+/// The numbers among [`DeviceFloors`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Floors {
+    pub summands_min: u32,
+    pub clipping_norm_max: f32,
+    pub base_model_bytes_max: u64,
+    pub steps_max: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            population: None,
+            trust_keys: Vec::new(),
+            trust_threshold: 1,
+            ca: None,
+            device_class: "reference".to_owned(),
+            insecure_allow_plaintext_aggregation: false,
+            insecure_plaintext_remote: false,
+            floors: Floors::default(),
+        }
+    }
+}
+
+impl Default for Floors {
+    fn default() -> Self {
+        let DeviceFloors { summands_min, clipping_norm_max, base_model_bytes_max, steps_max, .. } =
+            DeviceFloors::default();
+        Self { summands_min, clipping_norm_max, base_model_bytes_max, steps_max }
+    }
+}
+
+impl Settings {
+    /// The settings kept in a state directory; the defaults before the first run.
+    pub(crate) fn load(state: &Path) -> Result<Self> {
+        let path = path(state);
+        match fs::read_to_string(&path) {
+            Ok(text) => toml::from_str(&text).with_context(|| path.display().to_string()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    /// Keeps the settings for later runs.
+    pub(crate) fn save(&self, state: &Path) -> Result<()> {
+        let text = toml::to_string(self).context("settings as TOML")?;
+        Ok(write_atomically(&path(state), text.as_bytes())?)
+    }
+
+    /// With what was given now in place of what was kept.
+    pub(crate) fn updated(mut self, given: &SettingsArguments) -> Result<Self> {
+        if given.population.is_some() {
+            self.population.clone_from(&given.population);
+        }
+        if !given.trust_keys.is_empty() {
+            self.trust_keys.clone_from(&given.trust_keys);
+        }
+        if let Some(ca) = &given.ca {
+            self.ca = Some(ca.canonicalize().with_context(|| format!("cannot read {}", ca.display()))?);
+        }
+        self.trust_threshold = given.trust_threshold.unwrap_or(self.trust_threshold);
+        if let Some(class) = &given.device_class {
+            self.device_class.clone_from(class);
+        }
+        self.insecure_allow_plaintext_aggregation |= given.insecure_allow_plaintext_aggregation;
+        self.insecure_plaintext_remote |= given.insecure_plaintext_remote;
+        Ok(self)
+    }
+
+    /// The population, which has no default.
+    pub(crate) fn population(&self) -> Result<Name> {
+        let text = self.population.as_deref();
+        let text = text.context("the population is not known: give --population NAME once")?;
+        Ok(Name::parse("population", text)?)
+    }
+
+    /// The trust root, which has no default.
+    pub(crate) fn trust_root(&self) -> Result<TrustRoot> {
+        if self.trust_keys.is_empty() {
+            bail!("no key is trusted: give --trust-key HEX once (the coordinator's keygen prints it)");
+        }
+        let keys: Vec<[u8; 32]> = self.trust_keys.iter().map(|key| parse_32(key)).collect::<Result<_>>()?;
+        Ok(TrustRoot::new(&keys, self.trust_threshold)?)
+    }
+
+    /// The floors without a protocol; [`fleetune_client::ClientBuilder`] adds the plaintext one by name.
+    pub(crate) fn floors(&self) -> DeviceFloors {
+        DeviceFloors {
+            summands_min: self.floors.summands_min,
+            clipping_norm_max: self.floors.clipping_norm_max,
+            base_model_bytes_max: self.floors.base_model_bytes_max,
+            steps_max: self.floors.steps_max,
+            ..DeviceFloors::default()
+        }
+    }
+}
+
+/// 32 bytes in hexadecimal.
+pub(crate) fn parse_32(text: &str) -> Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    hex::decode_to_slice(text, &mut bytes).with_context(|| format!("{text:?} is not 64 hexadecimal digits"))?;
+    Ok(bytes)
+}
+
+fn path(state: &Path) -> PathBuf {
+    state.join("device.toml")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_once_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let given = SettingsArguments {
+            population: Some("roles".into()),
+            trust_keys: vec!["ab".repeat(32)],
+            insecure_allow_plaintext_aggregation: true,
+            ..SettingsArguments::default()
+        };
+        let first = Settings::load(dir.path()).unwrap().updated(&given).unwrap();
+        first.save(dir.path()).unwrap();
+        let later = Settings::load(dir.path()).unwrap().updated(&SettingsArguments::default()).unwrap();
+        assert_eq!(later, first);
+        assert_eq!(later.population().unwrap().as_str(), "roles");
+    }
+
+    #[test]
+    fn says_what_is_missing() {
+        let nothing = Settings::default();
+        assert!(nothing.population().unwrap_err().to_string().contains("give --population NAME once"));
+        assert!(nothing.trust_root().unwrap_err().to_string().contains("give --trust-key HEX once"));
+        let odd = Settings { trust_keys: vec!["xyz".into()], ..Settings::default() };
+        assert!(odd.trust_root().unwrap_err().to_string().contains("\"xyz\" is not 64 hexadecimal digits"));
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(path(dir.path()), "populaton = \"roles\"").unwrap();
+        let error = format!("{:#}", Settings::load(dir.path()).unwrap_err());
+        assert!(error.contains("device.toml") && error.contains("populaton"), "{error}");
+    }
+}

@@ -1,0 +1,89 @@
+//! `fleetune-device status`: what a state directory holds.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use fleetune_client::blobs::BlobStore;
+use fleetune_client::release::{ReleaseSlots, ReleaseVersions};
+use serde::Serialize;
+
+use crate::settings::Settings;
+
+/// Flags of `status`.
+#[derive(Args)]
+pub(crate) struct StatusArguments {
+    /// The device's directory.
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Status {
+    population: Option<String>,
+    device_class: String,
+    releases: ReleaseVersions,
+    release: Option<Release>,
+    blobs: u64,
+    blob_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Release {
+    task: String,
+    rounds: u32,
+    created_unix_ms: u64,
+    base_model_sha256: String,
+    adapter_sha256: String,
+    privacy_statement: String,
+}
+
+/// Prints the status; takes no hold of the directory, so it works while the device runs.
+pub(crate) fn status(arguments: &StatusArguments) -> Result<()> {
+    ensure!(arguments.state.is_dir(), "no state directory {}", arguments.state.display());
+    let status = read(arguments)?;
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{}", serde_json::to_string(&status)?)?;
+    } else {
+        print(&status, &mut out)?;
+    }
+    Ok(())
+}
+
+fn read(arguments: &StatusArguments) -> Result<Status> {
+    let settings = Settings::load(&arguments.state)?;
+    let slots = ReleaseSlots::open(&arguments.state)?;
+    let releases = slots.versions();
+    let manifest = releases.active.map(|version| slots.manifest(version)).transpose()?;
+    let (blobs, blob_bytes) = BlobStore::open(arguments.state.join("blobs"))?.usage()?;
+    let release = manifest.map(|manifest| Release {
+        task: manifest.task.to_string(),
+        rounds: manifest.rounds,
+        created_unix_ms: manifest.created.0,
+        base_model_sha256: manifest.base_model.hex(),
+        adapter_sha256: manifest.adapter.hex(),
+        privacy_statement: manifest.privacy_statement,
+    });
+    let Settings { population, device_class, .. } = settings;
+    Ok(Status { population, device_class, releases, release, blobs, blob_bytes })
+}
+
+fn print(status: &Status, out: &mut impl Write) -> io::Result<()> {
+    let version = |version: Option<u64>| version.map_or("none".to_owned(), |v| v.to_string());
+    writeln!(out, "population  {}", status.population.as_deref().unwrap_or("not known"))?;
+    writeln!(out, "class       {}", status.device_class)?;
+    writeln!(out, "release     {}", version(status.releases.active))?;
+    writeln!(out, "previous    {}", version(status.releases.previous))?;
+    if let Some(release) = &status.release {
+        writeln!(out, "trained by  task {}, {} rounds", release.task, release.rounds)?;
+        writeln!(out, "base        {}", release.base_model_sha256)?;
+        writeln!(out, "adapter     {}", release.adapter_sha256)?;
+        writeln!(out, "privacy     {}", release.privacy_statement)?;
+    }
+    writeln!(out, "blobs       {}, {} bytes", status.blobs, status.blob_bytes)
+}
