@@ -81,7 +81,9 @@ impl LocalTrainer {
         let start = Adapter::from_checkpoint_bytes(Arc::clone(&self.layout), checkpoint).map_err(|e| rejected(&e))?;
         let mut values = start.values.clone();
         let seed = batch_seed(device_seed, order);
-        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &self.training, seed, should_stop)
+        let learning_rate = order.plan.training.learning_rate_at(order.round, order.plan.rounds);
+        let training = LocalTraining { learning_rate, ..self.training.clone() };
+        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &training, seed, should_stop)
             .map_err(|error| self.failure(&error))?;
         values.iter_mut().zip(&start.values).for_each(|(value, start)| *value -= start);
         Ok(LocalUpdate { delta: values, summary })
@@ -121,7 +123,8 @@ pub fn lora_config(plan: &AdapterPlan) -> Result<LoraConfig, TrainingFailure> {
     })
 }
 
-/// The plan's local training: a constant learning rate, for the server's rounds are the schedule.
+/// The plan's local training, with the first round's learning rate; it is constant within a round and
+/// falls over the rounds ([`TrainingPlan::learning_rate_at`]).
 #[must_use]
 pub fn local_training(plan: &TrainingPlan) -> LocalTraining {
     let optimizer = match plan.optimizer {

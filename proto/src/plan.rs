@@ -61,8 +61,10 @@ pub struct TrainingPlan {
     pub batch_size: u32,
     /// Predicted tokens a sequence.
     pub block_tokens: u32,
-    /// Learning rate.
+    /// Learning rate of the first round.
     pub learning_rate: f32,
+    /// The last round's learning rate over the first's; 1 keeps it constant.
+    pub learning_rate_final_fraction: f32,
     /// Bound on the gradient's L2 norm a step.
     pub gradient_clip: Option<f32>,
     /// The optimizer, fresh every round.
@@ -105,6 +107,20 @@ pub struct AggregationPlan {
     pub summands_max: u32,
     /// Fewest contributions in any sum that the coordinator uses.
     pub summands_min: u32,
+}
+
+impl TrainingPlan {
+    /// The learning rate of a round (from 0) of `rounds`: half a cosine from the first to the last
+    /// (Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts). A round's local steps
+    /// share one rate; lowering it over the rounds takes the drift of the clients back at the end.
+    pub fn learning_rate_at(&self, round: u32, rounds: u32) -> f32 {
+        let done = f64::from(round) / f64::from(rounds.saturating_sub(1).max(1));
+        let last = f64::from(self.learning_rate_final_fraction);
+        let factor = last + (1.0 - last) * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+        #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is meant")]
+        let rate = (f64::from(self.learning_rate) * factor) as f32;
+        rate
+    }
 }
 
 impl AggregationPlan {
@@ -177,6 +193,7 @@ impl TrainingPlan {
             batch_size: self.batch_size,
             block_tokens: self.block_tokens,
             learning_rate: self.learning_rate,
+            learning_rate_final_fraction: self.learning_rate_final_fraction,
             gradient_clip: self.gradient_clip.unwrap_or(0.0),
             optimizer: Some(optimizer),
             examples_min: self.examples_min,
@@ -222,6 +239,12 @@ fn parse_training(wire: &wire::TrainingPlan) -> Result<TrainingPlan, WireError> 
         batch_size: within("plan.training.batch_size", wire.batch_size, 1..=BATCH_SIZE_MAX)?,
         block_tokens: within("plan.training.block_tokens", wire.block_tokens, 1..=BLOCK_TOKENS_MAX)?,
         learning_rate: finite("plan.training.learning_rate", wire.learning_rate, 0.0, 1e3)?,
+        learning_rate_final_fraction: finite(
+            "plan.training.learning_rate_final_fraction",
+            wire.learning_rate_final_fraction,
+            0.0,
+            1.0,
+        )?,
         gradient_clip: (clip > 0.0).then_some(clip),
         optimizer: parse_optimizer(required("plan.training.optimizer", wire.optimizer)?)?,
         examples_min: wire.examples_min,
@@ -293,6 +316,7 @@ pub(crate) mod tests {
                 batch_size: 2,
                 block_tokens: 64,
                 learning_rate: 1e-3,
+                learning_rate_final_fraction: 0.5,
                 gradient_clip: Some(1.0),
                 optimizer: Optimizer::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 },
                 examples_min: 1,
@@ -312,6 +336,17 @@ pub(crate) mod tests {
     #[test]
     fn parse_inverts_to_bytes() {
         assert_eq!(TaskPlan::parse(&plan().to_bytes()).unwrap(), plan());
+    }
+
+    #[test]
+    fn the_learning_rate_falls_over_the_rounds() {
+        let rates = |fraction| {
+            let training = TrainingPlan { learning_rate_final_fraction: fraction, ..plan().training };
+            [0, 5, 10].map(|round| training.learning_rate_at(round, 11))
+        };
+        assert_eq!(rates(1.0), [1e-3; 3]);
+        assert_eq!(rates(0.1), [1e-3, 5.5e-4, 1e-4]);
+        assert_eq!(plan().training.learning_rate_at(0, 1), 1e-3);
     }
 
     #[test]

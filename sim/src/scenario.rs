@@ -104,8 +104,10 @@ pub struct Training {
     pub block_tokens: u32,
     /// "adamw" or "sgd".
     pub optimizer: String,
-    /// Learning rate.
+    /// Learning rate of the first round.
     pub learning_rate: f32,
+    /// The last round's rate over the first's, a cosine between; 1 keeps it constant.
+    pub learning_rate_final_fraction: f32,
     /// Of "adamw".
     pub weight_decay: f32,
     /// Of "sgd".
@@ -244,6 +246,7 @@ impl Scenario {
             batch_size: t.batch_size,
             block_tokens: t.block_tokens,
             learning_rate: t.learning_rate,
+            learning_rate_final_fraction: t.learning_rate_final_fraction,
             gradient_clip: (t.gradient_clip > 0.0).then_some(t.gradient_clip),
             optimizer,
             examples_min: 1,

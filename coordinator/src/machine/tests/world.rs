@@ -236,6 +236,7 @@ pub(super) fn spec(cohort: u32) -> TaskSpec {
             batch_size: 1,
             block_tokens: 16,
             learning_rate: 1e-3,
+            learning_rate_final_fraction: 1.0,
             gradient_clip: Some(1.0),
             optimizer: Optimizer::Sgd { momentum: 0.0 },
             examples_min: 1,
