@@ -19,7 +19,8 @@ struct Notes(PathBuf);
 
 impl ExampleSource for Notes {
     fn texts(&self) -> Result<Vec<String>, ExampleError> {
-        let mut files: Vec<_> = fs::read_dir(&self.0)?.map(|entry| Ok(entry?.path())).collect::<Result<_, ExampleError>>()?;
+        let mut files: Vec<_> =
+            fs::read_dir(&self.0)?.map(|entry| Ok(entry?.path())).collect::<Result<_, ExampleError>>()?;
         files.sort();
         files.into_iter().map(|file| Ok(fs::read_to_string(file)?)).collect()
     }
@@ -54,9 +55,10 @@ fn main() -> Result<()> {
 
     let transport = GrpcTransport::new(&GrpcOptions { coordinator, ..GrpcOptions::default() })?;
     let app = App::new(Notes("notes".into()), OnPower, Agreed(vec!["next-word"]));
-    let mut client = ClientBuilder::new("fleetune-state", Name::parse("population", "notes")?, TrustRoot::new(&[key], 1)?)
-        .device_class("desktop")
-        .build(transport, app)?;
+    let mut client =
+        ClientBuilder::new("fleetune-state", Name::parse("population", "notes")?, TrustRoot::new(&[key], 1)?)
+            .device_class("desktop")
+            .build(transport, app)?;
 
     let stop = Arc::new(AtomicBool::new(false));
     let closing = Arc::clone(&stop);

@@ -19,8 +19,8 @@ use fleetune_proto::wire::{
 use fleetune_proto::{CallFailure, Digest, FailureKind};
 use thiserror::Error;
 use tokio::runtime::Runtime;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::Status;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 use crate::transport::Transport;
 use status::failure;
@@ -86,7 +86,10 @@ impl GrpcTransport {
         Ok(Self { runtime, channel })
     }
 
-    fn unary<M>(&self, call: impl Future<Output = Result<tonic::Response<M>, Status>>) -> Result<M, CallFailure> {
+    fn unary<M>(
+        &self,
+        call: impl Future<Output = Result<tonic::Response<M>, Status>>,
+    ) -> Result<M, CallFailure> {
         let answer = self.runtime.block_on(async { within_deadline(call).await });
         Ok(answer?.into_inner())
     }

@@ -27,7 +27,9 @@ pub use app::{App, Conditions, Consent, ExampleError, ExampleSource};
 pub use client::{Client, ClientBuilder, Step};
 pub use clock::{Clock, SystemClock};
 pub use fleetune_proto::device::{DeviceFloors, Event};
-pub use fleetune_proto::{AggregationProtocol, CallFailure, Digest, FailureKind, Name, TaskOffer, TrustRoot, UnixMillis};
+pub use fleetune_proto::{
+    AggregationProtocol, CallFailure, Digest, FailureKind, Name, TaskOffer, TrustRoot, UnixMillis,
+};
 #[cfg(feature = "grpc")]
 pub use grpc::{GrpcOptions, GrpcTransport};
 pub use transport::Transport;

@@ -174,7 +174,8 @@ impl ReleaseSlots {
         let path = self.manifest_path(version);
         let bytes = files::read_if_there(&path, SMALL_FILE_BYTES_MAX)?;
         let bytes = bytes.ok_or_else(|| StoreError::damaged(&path, "missing"))?;
-        let manifest = ReleaseManifest::parse(&bytes).map_err(|e| StoreError::damaged(&path, e.to_string()))?;
+        let manifest =
+            ReleaseManifest::parse(&bytes).map_err(|e| StoreError::damaged(&path, e.to_string()))?;
         if manifest.version != version {
             return Err(StoreError::damaged(&path, format!("the manifest of release {}", manifest.version)));
         }
@@ -234,7 +235,8 @@ impl ReleaseSlots {
             return Err(StoreError::damaged(&path, reason).into());
         }
         let bytes = self.blobs.read(manifest.adapter)?;
-        let adapter = from_gguf_lora(&bytes, &base).map_err(|source| ReleaseError::Adapter { version, source })?;
+        let adapter =
+            from_gguf_lora(&bytes, &base).map_err(|source| ReleaseError::Adapter { version, source })?;
         check_answer(version, &base, &adapter)?;
         Ok(ReleasedModel { manifest, base: Arc::new(base), adapter })
     }

@@ -54,7 +54,8 @@ pub(crate) fn fresh_seed() -> [u8; 32] {
 
 fn parse_seed(path: &Path, bytes: &[u8]) -> Result<[u8; 32], StoreError> {
     let mut seed = [0; 32];
-    hex::decode_to_slice(bytes, &mut seed).map_err(|_| StoreError::damaged(path, "not 64 hexadecimal digits"))?;
+    hex::decode_to_slice(bytes, &mut seed)
+        .map_err(|_| StoreError::damaged(path, "not 64 hexadecimal digits"))?;
     Ok(seed)
 }
 

@@ -10,7 +10,8 @@ use fleetune_model::base::BaseModel;
 use fleetune_model::config::Projection;
 use fleetune_model::optim::AdamWConfig;
 use fleetune_model::train::{
-    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions, fine_tune,
+    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions,
+    fine_tune,
 };
 use fleetune_proto::device::{TrainOrder, TrainingFailure};
 use fleetune_proto::{AdapterPlan, Optimizer, TaskPlan, TrainingPlan};
@@ -78,7 +79,8 @@ impl LocalTrainer {
         if blocks.len() < self.examples_min {
             return Err(TrainingFailure::InsufficientData { held: blocks.len(), needed: self.examples_min });
         }
-        let start = Adapter::from_checkpoint_bytes(Arc::clone(&self.layout), checkpoint).map_err(|e| rejected(&e))?;
+        let start =
+            Adapter::from_checkpoint_bytes(Arc::clone(&self.layout), checkpoint).map_err(|e| rejected(&e))?;
         let mut values = start.values.clone();
         let seed = batch_seed(device_seed, order);
         let learning_rate = order.plan.training.learning_rate_at(order.round, order.plan.rounds);
@@ -159,11 +161,16 @@ fn batch_seed(device_seed: &[u8; 32], order: &TrainOrder) -> u64 {
 fn check_base(base: &BaseModel, plan: &TaskPlan) -> Result<(), TrainingFailure> {
     if base.sha256 != plan.base_model.sha256 {
         let found = hex::encode(base.sha256);
-        return Err(TrainingFailure::PlanRejected(format!("for base {}, this one is {found}", plan.base_model)));
+        return Err(TrainingFailure::PlanRejected(format!(
+            "for base {}, this one is {found}",
+            plan.base_model
+        )));
     }
     let (planned, context) = (plan.training.block_tokens as usize, base.config.context_length);
     if planned > context {
-        return Err(TrainingFailure::PlanRejected(format!("blocks of {planned} tokens, a context of {context}")));
+        return Err(TrainingFailure::PlanRejected(format!(
+            "blocks of {planned} tokens, a context of {context}"
+        )));
     }
     Ok(())
 }

@@ -53,13 +53,18 @@ impl<T: Transport> Client<T> {
     }
 
     /// The raw update; the machine clips and encodes it.
-    pub(super) fn train(&mut self, order: &TrainOrder, stop: &AtomicBool) -> Result<Vec<f32>, TrainingFailure> {
+    pub(super) fn train(
+        &mut self,
+        order: &TrainOrder,
+        stop: &AtomicBool,
+    ) -> Result<Vec<f32>, TrainingFailure> {
         if let Some(reason) = lapse(self.app.conditions.as_ref(), stop) {
             return Err(TrainingFailure::Interrupted(reason));
         }
         let base = self.open_base(order.plan.base_model)?;
         let checkpoint = self.read_checkpoint(order.checkpoint)?;
-        let texts = self.app.examples.texts().map_err(|e| TrainingFailure::Failed(format!("examples: {e}")))?;
+        let texts =
+            self.app.examples.texts().map_err(|e| TrainingFailure::Failed(format!("examples: {e}")))?;
         let blocks = data::blocks(&base.tokenizer, &texts, order.plan.training.block_tokens as usize);
         let mut trainer = LocalTrainer::with_options(base, &order.plan, self.options)?;
         let (conditions, mut lapsed) = (self.app.conditions.as_ref(), None);
@@ -91,7 +96,8 @@ impl<T: Transport> Client<T> {
             }
             return Err(error);
         }
-        let needed: Vec<Digest> = self.base.iter().map(|(digest, _)| *digest).chain(self.checkpoint).collect();
+        let needed: Vec<Digest> =
+            self.base.iter().map(|(digest, _)| *digest).chain(self.checkpoint).collect();
         if let Err(error) = self.slots.prune(&needed) {
             tracing::warn!(%error, "old releases are still here");
         }

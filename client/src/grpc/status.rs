@@ -17,7 +17,9 @@ pub(super) fn failure(status: &Status) -> CallFailure {
 /// on this side, when the connection broke: tonic gives it any of three codes.
 fn kind(status: &Status) -> FailureKind {
     match status.code() {
-        Code::Unknown | Code::Internal | Code::Cancelled if status.source().is_some() => FailureKind::Unavailable,
+        Code::Unknown | Code::Internal | Code::Cancelled if status.source().is_some() => {
+            FailureKind::Unavailable
+        }
         Code::Unavailable | Code::Cancelled => FailureKind::Unavailable,
         Code::DeadlineExceeded => FailureKind::DeadlineExceeded,
         Code::ResourceExhausted => FailureKind::ResourceExhausted,

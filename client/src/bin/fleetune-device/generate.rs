@@ -31,7 +31,10 @@ pub(crate) struct GenerateArguments {
 
 /// Writes the prompt and its continuation to standard output, each token as it is made.
 pub(crate) fn generate(arguments: &GenerateArguments) -> Result<()> {
-    ensure!(arguments.temperature.is_finite() && arguments.temperature >= 0.0, "--temperature must be 0 or more");
+    ensure!(
+        arguments.temperature.is_finite() && arguments.temperature >= 0.0,
+        "--temperature must be 0 or more"
+    );
     ensure!(arguments.state.is_dir(), "no state directory {}", arguments.state.display());
     let model = ReleaseSlots::open(&arguments.state)?.open_model()?;
     let model = model.with_context(|| format!("no release is active in {}", arguments.state.display()))?;

@@ -152,7 +152,8 @@ impl Settings {
 /// 32 bytes in hexadecimal.
 pub(crate) fn parse_32(text: &str) -> Result<[u8; 32]> {
     let mut bytes = [0; 32];
-    hex::decode_to_slice(text, &mut bytes).with_context(|| format!("{text:?} is not 64 hexadecimal digits"))?;
+    hex::decode_to_slice(text, &mut bytes)
+        .with_context(|| format!("{text:?} is not 64 hexadecimal digits"))?;
     Ok(bytes)
 }
 
