@@ -4,4 +4,5 @@ mod architecture;
 mod disclosure;
 mod documents;
 mod ratchet;
+mod simulation;
 mod support;

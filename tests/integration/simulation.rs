@@ -1,0 +1,100 @@
+//! The simulator as a whole: what a run leaves behind, and that it depends on nothing but its seed.
+
+use fleetune_sim::{
+    report::Report,
+    run::{RunArgs, run},
+};
+use serde_json::Value;
+use std::{fs, path::Path};
+
+/// Small enough for a test, with dropouts, slow devices and rounds that lose some of their cohort.
+const SCENARIO: &str = "
+rounds = 3
+[fleet]
+cohort = 6
+over_selection = 1.5
+reports_min = 2
+[devices]
+dropout = 0.3
+speed_sigma = 1.5
+[training]
+steps = 2
+[evaluation]
+blocks = 4
+every = 2
+[local_only]
+devices = 2
+steps = 2
+";
+
+fn run_with(folder: &Path, threads: usize, seed: u64) -> (Report, Value) {
+    let scenario = folder.join("scenario.toml");
+    fs::write(&scenario, SCENARIO).expect("a scenario file");
+    let out = folder.join(format!("out-{threads}-{seed}"));
+    let args = RunArgs {
+        scenario: Some(scenario),
+        model: None,
+        data: None,
+        seed,
+        rounds: None,
+        cohort: None,
+        threads: Some(threads),
+        out: out.clone(),
+    };
+    let report = run(&args).expect("a finished run");
+    let json = fs::read_to_string(out.join("report.json")).expect("report.json");
+    assert!(fs::read_to_string(out.join("report.html")).expect("report.html").starts_with("<!DOCTYPE html>"));
+    assert!(out.join("adapter.gguf").exists() && out.join("adapter.safetensors").exists());
+    (report, serde_json::from_str(&json).expect("JSON"))
+}
+
+/// A report without what the clock and the machine say.
+fn without_times(mut report: Report) -> Report {
+    (report.seconds, report.peak_rss_mib, report.threads) = (0.0, 0.0, 0);
+    report.rounds.iter_mut().for_each(|round| round.seconds = 0.0);
+    report
+}
+
+#[test]
+fn a_run_depends_on_its_seed_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (one, json) = run_with(folder.path(), 1, 7);
+    let (three, _) = run_with(folder.path(), 3, 7);
+    let (other, _) = run_with(folder.path(), 3, 8);
+    assert_ne!(one.r#final.adapter_sha256, other.r#final.adapter_sha256);
+    holds_what_readers_expect(&json);
+    assert!(one.rounds.iter().any(|round| round.dropped > 0), "the scenario loses devices");
+    assert_eq!(without_times(one), without_times(three));
+}
+
+fn holds_what_readers_expect(json: &Value) {
+    let number = |pointer: &str| json.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer}"));
+    for pointer in [
+        "/model/parameters",
+        "/model/trainable",
+        "/seed",
+        "/rounds/0/round",
+        "/rounds/0/selected",
+        "/rounds/0/completed",
+        "/rounds/0/dropped",
+        "/rounds/0/train_nll",
+        "/rounds/1/eval_nll",
+        "/rounds/1/heldout_nll",
+        "/rounds/0/update_norm",
+        "/rounds/0/seconds",
+        "/base/eval_nll",
+        "/base/heldout_nll",
+        "/central/eval_nll",
+        "/central/heldout_nll",
+        "/local_only/eval_nll",
+        "/final/eval_nll",
+        "/final/heldout_nll",
+        "/peak_rss_mib",
+    ] {
+        assert!(number(pointer).is_finite(), "{pointer}");
+    }
+    assert_eq!(json.pointer("/privacy"), Some(&Value::Null), "no privacy is claimed");
+    assert_eq!(json.pointer("/aggregation").and_then(Value::as_str), Some("insecure_plaintext"));
+    assert_eq!(json.pointer("/final/adapter_sha256").and_then(Value::as_str).map(str::len), Some(64));
+    assert!(number("/final/eval_nll") < number("/base/eval_nll"), "three rounds help");
+}
