@@ -378,7 +378,12 @@ impl Device {
         Ok(State::Choosing(policy))
     }
 
-    fn take_assignment(&mut self, assignment: wire::TaskAssignment, named: &[Name], now: UnixMillis) -> State {
+    fn take_assignment(
+        &mut self,
+        assignment: wire::TaskAssignment,
+        named: &[Name],
+        now: UnixMillis,
+    ) -> State {
         let token = assignment.session_token.clone();
         match Session::accept(assignment, named, &self.setup, now) {
             Ok(session) => {
@@ -476,9 +481,10 @@ fn report_task(session_token: Vec<u8>, result: TaskResult) -> State {
 fn inline<'a>(field: &'static str, resource: &'a wire::Resource) -> Result<&'a [u8], WireError> {
     match &resource.source {
         Some(wire::resource::Source::Inline(bytes)) if bytes.len() <= INLINE_BYTES_MAX => Ok(bytes),
-        Some(wire::resource::Source::Inline(bytes)) => {
-            Err(WireError::invalid(field, format!("{} bytes inline; at most {INLINE_BYTES_MAX}", bytes.len())))
-        }
+        Some(wire::resource::Source::Inline(bytes)) => Err(WireError::invalid(
+            field,
+            format!("{} bytes inline; at most {INLINE_BYTES_MAX}", bytes.len()),
+        )),
         Some(wire::resource::Source::Blob(_)) => Err(WireError::invalid(field, "expected inline")),
         None => Err(WireError::Missing(field)),
     }

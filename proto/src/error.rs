@@ -33,7 +33,10 @@ impl WireError {
 }
 
 /// Decodes a message and names it when that fails.
-pub(crate) fn decode<M: prost::Message + Default>(message: &'static str, bytes: &[u8]) -> Result<M, WireError> {
+pub(crate) fn decode<M: prost::Message + Default>(
+    message: &'static str,
+    bytes: &[u8],
+) -> Result<M, WireError> {
     M::decode(bytes).map_err(|error| WireError::Decode { message, reason: error.to_string() })
 }
 

@@ -12,7 +12,11 @@ impl Name {
     /// Parses a name; `field` is named in the error.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, WireError> {
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
-        if text.is_empty() || text.len() > NAME_BYTES_MAX || text.starts_with('.') || !text.bytes().all(allowed) {
+        if text.is_empty()
+            || text.len() > NAME_BYTES_MAX
+            || text.starts_with('.')
+            || !text.bytes().all(allowed)
+        {
             let problem = format!("{text:?} is not a name (1 to {NAME_BYTES_MAX} of a-z 0-9 . _ -)");
             return Err(WireError::invalid(field, problem));
         }

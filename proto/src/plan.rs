@@ -228,7 +228,8 @@ fn parse_adapter(wire: wire::AdapterPlan) -> Result<AdapterPlan, WireError> {
         freeze_a: wire.freeze_a,
         init_seed: wire.init_seed,
         layout_sha256: parse_sha256("plan.adapter.layout_sha256", &wire.layout_sha256)?,
-        dimension: usize::try_from(dimension).map_err(|_| WireError::invalid("plan.adapter.dimension", "too large"))?,
+        dimension: usize::try_from(dimension)
+            .map_err(|_| WireError::invalid("plan.adapter.dimension", "too large"))?,
     })
 }
 
@@ -260,7 +261,9 @@ fn parse_optimizer(wire: wire::training_plan::Optimizer) -> Result<Optimizer, Wi
             epsilon: finite("plan.training.adamw.epsilon", w.epsilon, 1e-20, 1.0)?,
             weight_decay: finite("plan.training.adamw.weight_decay", w.weight_decay, 0.0, 100.0)?,
         }),
-        W::Sgd(w) => Ok(Optimizer::Sgd { momentum: finite("plan.training.sgd.momentum", w.momentum, 0.0, 0.999_999)? }),
+        W::Sgd(w) => {
+            Ok(Optimizer::Sgd { momentum: finite("plan.training.sgd.momentum", w.momentum, 0.0, 0.999_999)? })
+        }
     }
 }
 
@@ -290,7 +293,11 @@ pub(crate) fn parse_protocol(field: &'static str, value: i32) -> Result<Aggregat
 }
 
 fn finite(field: &'static str, value: f32, min: f32, max: f32) -> Result<f32, WireError> {
-    if value.is_finite() { within(field, value, min..=max) } else { Err(WireError::invalid(field, value.to_string())) }
+    if value.is_finite() {
+        within(field, value, min..=max)
+    } else {
+        Err(WireError::invalid(field, value.to_string()))
+    }
 }
 
 #[cfg(test)]

@@ -128,13 +128,27 @@ pub struct Round {
 
 impl Round {
     /// Opens an attempt; `dimension` is the adapter's length.
-    pub fn open(id: RoundId, policy: RoundPolicy, plan: &AggregationPlan, dimension: usize, now: UnixMillis) -> Self {
+    pub fn open(
+        id: RoundId,
+        policy: RoundPolicy,
+        plan: &AggregationPlan,
+        dimension: usize,
+        now: UnixMillis,
+    ) -> Self {
         assert!(policy.selected_max >= policy.report_goal, "a round selects at least its goal");
         assert!(policy.report_goal >= policy.reports_min, "the goal is at least the minimum");
         assert!(policy.reports_min >= plan.summands_min, "the plan's minimum binds the round");
         assert!(policy.report_goal <= plan.summands_max, "the sum has room for the goal");
         let sum = RunningSum::new(plan.ring_bits, dimension);
-        Self { id, policy, phase: Phase::Selecting, opened: now, first_join: None, participants: Vec::new(), sum }
+        Self {
+            id,
+            policy,
+            phase: Phase::Selecting,
+            opened: now,
+            first_join: None,
+            participants: Vec::new(),
+            sum,
+        }
     }
 
     /// A device asks for a place; none when nobody joins any more.
@@ -161,7 +175,11 @@ impl Round {
         now: UnixMillis,
     ) -> Result<Contribution, ContributionError> {
         if let Some(before) = self.contributed(participant) {
-            return if before == digest { Ok(Contribution::Repeated) } else { Err(ContributionError::OtherBytes) };
+            return if before == digest {
+                Ok(Contribution::Repeated)
+            } else {
+                Err(ContributionError::OtherBytes)
+            };
         }
         self.handle_timeout(now);
         if self.is_over() {

@@ -21,7 +21,9 @@ pub enum TransferError {
         expected: u64,
     },
     /// The chunk was damaged on the way.
-    #[error("blob {digest}: chunk at byte {offset} is damaged (CRC-32C {actual:08x}, {expected:08x} announced)")]
+    #[error(
+        "blob {digest}: chunk at byte {offset} is damaged (CRC-32C {actual:08x}, {expected:08x} announced)"
+    )]
     Damaged {
         /// The blob.
         digest: Digest,
@@ -33,7 +35,9 @@ pub enum TransferError {
         actual: u32,
     },
     /// More bytes than the blob has, or than a chunk may have.
-    #[error("blob {digest}: chunk of {length} bytes at byte {offset} of {size}; at most {CHUNK_BYTES_MAX} a chunk")]
+    #[error(
+        "blob {digest}: chunk of {length} bytes at byte {offset} of {size}; at most {CHUNK_BYTES_MAX} a chunk"
+    )]
     Length {
         /// The blob.
         digest: Digest,

@@ -96,7 +96,12 @@ impl RingVector {
     pub fn unpack(bits: RingBits, dimension: usize, bytes: &[u8]) -> Result<Self, RingError> {
         let expected = bits.packed_len(dimension);
         if bytes.len() != expected {
-            return Err(RingError::PackedLength { dimension, bits: bits.bits(), expected, actual: bytes.len() });
+            return Err(RingError::PackedLength {
+                dimension,
+                bits: bits.bits(),
+                expected,
+                actual: bytes.len(),
+            });
         }
         let (mut lanes, mut source) = (Vec::with_capacity(dimension), bytes.iter());
         let (mut buffer, mut held) = (0u64, 0);

@@ -54,7 +54,12 @@ pub fn evaluate_both(pool: &Pool, experiment: &Experiment, adapter: Option<Vec<f
     })
 }
 
-fn both(base: &BaseModel, adapter: Option<&Adapter>, seen: &[Vec<u32>], heldout: &[Vec<u32>]) -> Result<BothGroups> {
+fn both(
+    base: &BaseModel,
+    adapter: Option<&Adapter>,
+    seen: &[Vec<u32>],
+    heldout: &[Vec<u32>],
+) -> Result<BothGroups> {
     Ok(BothGroups { seen: evaluate(base, adapter, seen)?, heldout: evaluate(base, adapter, heldout)? })
 }
 
@@ -72,7 +77,8 @@ pub fn central(
     let scenario = scenario.clone();
     pool.submit(move |workspace| {
         workspace.trainer = None; // its buffers are not needed any more
-        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
+        let mut trainer =
+            LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
         let mut run = CentralRun::new(&scenario, &layout, pooled, tokens, seed);
         let mut curve = Vec::new();
         for step in 0..run.steps {
@@ -165,14 +171,16 @@ pub fn local_only(
     federated: &[f32],
     seed: u64,
 ) -> Result<Vec<Pending<LocalOnlyDevice>>> {
-    let plan = LocalTraining { steps: scenario.local_only.steps, ..local_training(&scenario.training_plan()?) };
+    let plan =
+        LocalTraining { steps: scenario.local_only.steps, ..local_training(&scenario.training_plan()?) };
     let federated = Arc::new(Adapter::new(Arc::clone(&experiment.layout), federated.to_vec())?);
     let start = |user| alone(pool, experiment, user, &plan, &federated, seed);
     Ok(choose_users(experiment, scenario.local_only.devices, seed).into_iter().map(start).collect())
 }
 
 fn choose_users(experiment: &Experiment, count: usize, seed: u64) -> Vec<usize> {
-    let mut users: Vec<usize> = (0..experiment.users.len()).filter(|u| !experiment.users[*u].test.is_empty()).collect();
+    let mut users: Vec<usize> =
+        (0..experiment.users.len()).filter(|u| !experiment.users[*u].test.is_empty()).collect();
     users.shuffle(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x6c6f_6361));
     users.truncate(count);
     users
@@ -192,7 +200,8 @@ fn alone(
     let batch_seed = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     pool.submit(move |workspace| {
         workspace.trainer = None;
-        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
+        let mut trainer =
+            LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
         let mut own = Adapter::init(layout);
         fine_tune(&mut trainer, &mut own.values, &user.train, &plan, batch_seed, &mut || false)?;
         let local = evaluate(&base, Some(&own), &user.test)?;

@@ -61,7 +61,8 @@ impl Experiment {
     pub fn open(scenario: &Scenario, model: Option<&Path>, data: Option<&Path>, seed: u64) -> Result<Self> {
         let (base, base_digest) = open_base(model)?;
         let (data_name, dataset) = open_data(data)?;
-        let layout = AdapterLayout::new(&base.config, &scenario.lora(seed)?).context("the scenario's adapter")?;
+        let layout =
+            AdapterLayout::new(&base.config, &scenario.lora(seed)?).context("the scenario's adapter")?;
         let block_tokens = scenario.training.block_tokens as usize;
         ensure!(
             block_tokens < base.config.context_length,
@@ -69,8 +70,11 @@ impl Experiment {
             base.config.context_length
         );
         let cut = |user: &UserData| cut_user(&base, user, block_tokens);
-        let users: Vec<User> =
-            dataset.group(Group::Train).map(cut).filter(|user| user.train.len() >= scenario.fleet.blocks_min).collect();
+        let users: Vec<User> = dataset
+            .group(Group::Train)
+            .map(cut)
+            .filter(|user| user.train.len() >= scenario.fleet.blocks_min)
+            .collect();
         ensure!(
             users.len() >= scenario.fleet.cohort as usize,
             "{data_name}: {} users have {} blocks of {block_tokens} tokens or more; a cohort takes {}",
@@ -109,9 +113,13 @@ fn open_base(path: Option<&Path>) -> Result<(Arc<BaseModel>, Digest)> {
 
 fn open_data(path: Option<&Path>) -> Result<(String, Dataset)> {
     let Some(path) = path else {
-        return Ok((EMBEDDED_DATA_NAME.into(), Dataset::from_jsonl_bytes(EMBEDDED_DATA_NAME, EMBEDDED_DATA)?));
+        return Ok((
+            EMBEDDED_DATA_NAME.into(),
+            Dataset::from_jsonl_bytes(EMBEDDED_DATA_NAME, EMBEDDED_DATA)?,
+        ));
     };
-    let name = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
+    let name =
+        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
     let mut dataset = Dataset::load(path)?;
     hold_out(&mut dataset);
     Ok((name, dataset))
@@ -123,7 +131,12 @@ fn hold_out(dataset: &mut Dataset) {
         return;
     }
     for user in &mut dataset.users {
-        if Digest::of(user.user.as_bytes()).sha256.iter().fold(0, |rest, byte| (rest * 256 + u32::from(*byte)) % 10) == 0 {
+        if Digest::of(user.user.as_bytes())
+            .sha256
+            .iter()
+            .fold(0, |rest, byte| (rest * 256 + u32::from(*byte)) % 10)
+            == 0
+        {
             user.group = Group::HeldOut;
         }
     }
@@ -168,7 +181,10 @@ fn choose_blocks(base: &BaseModel, dataset: &Dataset, scenario: &Scenario, seed:
     let group = |group| spread(dataset.group(group).map(of).collect(), count, seed);
     let (seen, heldout) = (group(Group::Train), group(Group::HeldOut));
     ensure!(!seen.is_empty(), "no user that may train has test text to evaluate on");
-    ensure!(!heldout.is_empty(), "no held-out user has text to evaluate on: mark some users \"group\": \"heldout\"");
+    ensure!(
+        !heldout.is_empty(),
+        "no held-out user has text to evaluate on: mark some users \"group\": \"heldout\""
+    );
     Ok((seen, heldout))
 }
 

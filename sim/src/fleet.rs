@@ -7,7 +7,9 @@ use crate::{experiment::Experiment, pool::Pending, pool::Pool, scenario::Scenari
 use anyhow::{Context, Result, bail, ensure};
 use ed25519_dalek::SigningKey;
 use fleetune_client::training::{LocalTrainer, LocalUpdate};
-use fleetune_coordinator::{Commit, Core, CoreSetup, PacePolicy, RoundOutcome as Ending, RoundRecord, TaskSpec};
+use fleetune_coordinator::{
+    Commit, Core, CoreSetup, PacePolicy, RoundOutcome as Ending, RoundRecord, TaskSpec,
+};
 use fleetune_proto::{
     Digest, Name, ReleaseManifest, TrustRoot, UnixMillis,
     device::{Action, Device, DeviceFloors, DeviceSetup, Event, Request, Response, TrainOrder},
@@ -112,7 +114,12 @@ pub struct Fleet<'a> {
 
 impl<'a> Fleet<'a> {
     /// A coordinator with one task, and one device a user.
-    pub fn new(scenario: &'a Scenario, experiment: &'a Experiment, pool: &'a Pool, seed: u64) -> Result<Self> {
+    pub fn new(
+        scenario: &'a Scenario,
+        experiment: &'a Experiment,
+        pool: &'a Pool,
+        seed: u64,
+    ) -> Result<Self> {
         let key = SigningKey::from_bytes(&derive_seed(seed, "signing key", 0));
         let trust_key = key.verifying_key().to_bytes();
         let mut core = Core::new(CoreSetup {
@@ -123,7 +130,8 @@ impl<'a> Fleet<'a> {
             seed: derive_seed(seed, "coordinator", 0),
         });
         let base = Arc::clone(&experiment.base);
-        core.add_task(task(scenario, seed)?, base, experiment.base_digest, None, EPOCH).context("the task")?;
+        core.add_task(task(scenario, seed)?, base, experiment.base_digest, None, EPOCH)
+            .context("the task")?;
         let trust_root = TrustRoot::new(&[trust_key], 1).context("the simulation's trust root")?;
         let mut fleet = Self {
             scenario,
@@ -162,7 +170,8 @@ impl<'a> Fleet<'a> {
         }
         let devices_active = self.devices_active();
         let (manifest, envelope) = self.release.context("the task ended without a release")?;
-        let adapter_gguf = self.blobs.get(&manifest.adapter.sha256).context("the release's adapter is missing")?;
+        let adapter_gguf =
+            self.blobs.get(&manifest.adapter.sha256).context("the release's adapter is missing")?;
         let adapter_gguf = Arc::clone(adapter_gguf);
         Ok(FleetOutcome { manifest, adapter_gguf, envelope, trust_key: self.trust_key, devices_active })
     }
@@ -187,7 +196,13 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    fn machine(&self, user: usize, incarnation: u64, release_version: u64, now: UnixMillis) -> Result<Device> {
+    fn machine(
+        &self,
+        user: usize,
+        incarnation: u64,
+        release_version: u64,
+        now: UnixMillis,
+    ) -> Result<Device> {
         let setup = DeviceSetup {
             population: population()?,
             trust_root: self.trust_root.clone(),
@@ -207,7 +222,11 @@ impl<'a> Fleet<'a> {
     }
 
     /// Lets virtual time reach `at`, the coordinator's deadlines on the way included.
-    fn advance(&mut self, at: UnixMillis, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
+    fn advance(
+        &mut self,
+        at: UnixMillis,
+        on_round: &mut dyn FnMut(FinishedRound) -> Result<()>,
+    ) -> Result<()> {
         ensure!(at.since(EPOCH) < VIRTUAL_MS_MAX, "the fleet made no progress in ten virtual years");
         while let Some(deadline) = self.core.poll_timeout().filter(|deadline| *deadline <= at) {
             self.now = self.now.max(deadline);
@@ -335,7 +354,9 @@ impl<'a> Fleet<'a> {
             Request::ReportTaskResult(r) => {
                 self.core.handle_report_task(&r, now).map(|_| Response::ReportTaskResult)
             }
-            Request::ReportRelease(r) => self.core.handle_report_release(&r, now).map(|_| Response::ReportRelease),
+            Request::ReportRelease(r) => {
+                self.core.handle_report_release(&r, now).map(|_| Response::ReportRelease)
+            }
         };
         let device = &mut self.devices[index];
         match answer {
@@ -387,14 +408,22 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    fn note_round(&mut self, commit: Commit, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
+    fn note_round(
+        &mut self,
+        commit: Commit,
+        on_round: &mut dyn FnMut(FinishedRound) -> Result<()>,
+    ) -> Result<()> {
         let Some(record) = commit.record else { return Ok(()) };
         let contributions = std::mem::take(&mut self.contributions);
         if let Ending::Failed(reason) = &record.outcome {
             self.failed_attempts += 1;
             tracing::info!(round = record.round, attempt = record.attempt, reason, "the round failed");
             if self.failed_attempts > FAILED_ATTEMPTS_MAX {
-                bail!("round {} failed {} times, at last because {reason}", record.round, self.failed_attempts);
+                bail!(
+                    "round {} failed {} times, at last because {reason}",
+                    record.round,
+                    self.failed_attempts
+                );
             }
             return Ok(());
         }
@@ -474,10 +503,12 @@ fn is_contributed(response: &Response) -> bool {
 fn sent_bytes(request: &Request) -> u64 {
     match request {
         Request::WriteBlobChunk(chunk) => chunk.data.len() as u64,
-        Request::SubmitUpdate(submit) => match submit.update.as_ref().and_then(|update| update.source.as_ref()) {
-            Some(wire::resource::Source::Inline(bytes)) => bytes.len() as u64,
-            Some(wire::resource::Source::Blob(_)) | None => 0,
-        },
+        Request::SubmitUpdate(submit) => {
+            match submit.update.as_ref().and_then(|update| update.source.as_ref()) {
+                Some(wire::resource::Source::Inline(bytes)) => bytes.len() as u64,
+                Some(wire::resource::Source::Blob(_)) | None => 0,
+            }
+        }
         Request::CheckIn(_) | Request::ReportTaskResult(_) | Request::ReportRelease(_) => 0,
     }
 }
@@ -488,7 +519,11 @@ fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
     (-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive duration far below 2^64")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a positive duration far below 2^64"
+)]
 fn milliseconds(seconds: f64) -> u64 {
     (seconds.max(0.0) * 1000.0).min(1e15) as u64
 }

@@ -7,7 +7,7 @@
 use crate::{
     baselines::{BothGroups, central, evaluate_both, local_only},
     experiment::Experiment,
-    fleet::{Fleet, FinishedRound, FleetOutcome},
+    fleet::{FinishedRound, Fleet, FleetOutcome},
     pool::{Pending, Pool},
     report::{
         CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
@@ -77,7 +77,10 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let fleet = Fleet::new(&scenario, &experiment, &pool, args.seed)?;
     let outcome = fleet.run(&mut |round| log.note(round))?;
     let trained = log.finish()?;
-    eprintln!("comparing with central training on the same {} tokens, and with devices alone", trained.tokens);
+    eprintln!(
+        "comparing with central training on the same {} tokens, and with devices alone",
+        trained.tokens
+    );
     let central = central(&pool, &experiment, &scenario, trained.tokens, args.seed);
     let alone = local_only(&pool, &experiment, &scenario, &trained.adapter, args.seed)?;
     let release = release_report(&pool, &experiment, &outcome, &args.out)?;
@@ -116,9 +119,10 @@ pub fn run(args: &RunArgs) -> Result<Report> {
         threads,
         aggregation: scenario.aggregation.protocol.clone(),
         privacy: None,
-        privacy_in_words: "This run was not private: no noise was added, and the coordinator saw each clipped update \
+        privacy_in_words:
+            "This run was not private: no noise was added, and the coordinator saw each clipped update \
                            (insecure_plaintext)."
-            .into(),
+                .into(),
     };
     write_out(&args.out, &report, &adapter, &outcome)?;
     print!("{}", table::table(&report));
@@ -217,7 +221,11 @@ impl<'a> RoundLog<'a> {
         });
         eprintln!(
             "round {round:>3}/{}  {:>3} of {:>3} contributed  train NLL {:.3}  update norm {:.2}  {seconds:.1} s",
-            self.scenario.rounds, record.completed, record.selected, outcome.train_nll, record.update_norm.unwrap_or(0.0)
+            self.scenario.rounds,
+            record.completed,
+            record.selected,
+            outcome.train_nll,
+            record.update_norm.unwrap_or(0.0)
         );
         if round.is_multiple_of(self.scenario.evaluation.every) || round == self.scenario.rounds {
             let job = evaluate_both(self.pool, self.experiment, Some(outcome.adapter.clone()));
@@ -233,7 +241,10 @@ impl<'a> RoundLog<'a> {
             let both = job.wait()?;
             let round = &mut self.rounds[index];
             (round.eval_nll, round.heldout_nll) = (Some(both.seen.nll), Some(both.heldout.nll));
-            eprintln!("after round {:>3}: NLL {:.4} seen, {:.4} held-out", round.round, both.seen.nll, both.heldout.nll);
+            eprintln!(
+                "after round {:>3}: NLL {:.4} seen, {:.4} held-out",
+                round.round, both.seen.nll, both.heldout.nll
+            );
             scores = Some(both);
         }
         let scores = scores.context("no round finished")?;
@@ -267,7 +278,11 @@ fn release_report(
     }))
 }
 
-fn continuation(base: &fleetune_model::base::BaseModel, adapter: Option<&Adapter>, prompt: &str) -> Result<String> {
+fn continuation(
+    base: &fleetune_model::base::BaseModel,
+    adapter: Option<&Adapter>,
+    prompt: &str,
+) -> Result<String> {
     let ids = base.tokenizer.encode_ordinary(prompt);
     let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, max_tokens: SAMPLE_TOKENS };
     let answer = generate(base, adapter, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;

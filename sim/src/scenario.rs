@@ -211,9 +211,15 @@ impl Scenario {
         ensure!(fleet.cohort >= 1, "fleet.cohort: at least 1");
         ensure!((1.0..=10.0).contains(&fleet.over_selection), "fleet.over_selection: 1 to 10");
         ensure!((1..=fleet.cohort).contains(&fleet.reports_min), "fleet.reports_min: 1 to fleet.cohort");
-        ensure!(fleet.check_in_s[0] <= fleet.check_in_s[1], "fleet.check_in_s: the first is at most the second");
+        ensure!(
+            fleet.check_in_s[0] <= fleet.check_in_s[1],
+            "fleet.check_in_s: the first is at most the second"
+        );
         ensure!((0.0..1.0).contains(&self.devices.dropout), "devices.dropout: 0 up to, without, 1");
-        ensure!(self.devices.step_s >= 0.0 && self.devices.step_s.is_finite(), "devices.step_s: not negative");
+        ensure!(
+            self.devices.step_s >= 0.0 && self.devices.step_s.is_finite(),
+            "devices.step_s: not negative"
+        );
         ensure!(self.devices.bandwidth_kib_s >= 1, "devices.bandwidth_kib_s: at least 1");
         ensure!((0.0..=3.0).contains(&self.devices.speed_sigma), "devices.speed_sigma: 0 to 3");
         ensure!(self.evaluation.every >= 1 && self.evaluation.blocks >= 1, "evaluation: at least 1");
@@ -226,7 +232,8 @@ impl Scenario {
 
     /// The adapter's shape.
     pub fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
-        let parse = |name: &String| Projection::from_name(name).with_context(|| format!("adapter.targets: {name:?}"));
+        let parse =
+            |name: &String| Projection::from_name(name).with_context(|| format!("adapter.targets: {name:?}"));
         let mut targets = self.adapter.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;
         targets.sort_unstable();
         let AdapterShape { rank, alpha, freeze_a, .. } = self.adapter;
@@ -237,7 +244,9 @@ impl Scenario {
     pub fn training_plan(&self) -> Result<TrainingPlan> {
         let t = &self.training;
         let optimizer = match t.optimizer.as_str() {
-            "adamw" => Optimizer::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: t.weight_decay },
+            "adamw" => {
+                Optimizer::AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: t.weight_decay }
+            }
             "sgd" => Optimizer::Sgd { momentum: t.momentum },
             other => anyhow::bail!("training.optimizer: {other:?}; adamw or sgd"),
         };
@@ -273,7 +282,11 @@ impl Scenario {
     /// How rounds select and wait.
     pub fn round_policy(&self) -> RoundPolicy {
         let selected = (f64::from(self.fleet.cohort) * self.fleet.over_selection).ceil();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked: 1 to 10 times a u32")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "checked: 1 to 10 times a u32"
+        )]
         let selected_max = (selected as u32).max(self.fleet.cohort);
         RoundPolicy {
             report_goal: self.fleet.cohort,

@@ -68,7 +68,8 @@ fn a_run_depends_on_its_seed_alone() {
 }
 
 fn holds_what_readers_expect(json: &Value) {
-    let number = |pointer: &str| json.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer}"));
+    let number =
+        |pointer: &str| json.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer}"));
     for pointer in [
         "/model/parameters",
         "/model/trainable",

@@ -46,7 +46,8 @@ impl Session {
         setup: &DeviceSetup,
         now: UnixMillis,
     ) -> Result<Self, String> {
-        let checkpoint = Digest::parse("assignment.checkpoint", assignment.checkpoint).map_err(|e| e.to_string())?;
+        let checkpoint =
+            Digest::parse("assignment.checkpoint", assignment.checkpoint).map_err(|e| e.to_string())?;
         let plan = verified_plan(&assignment.plan.unwrap_or_default(), setup, now)?;
         if plan.task.as_str() != assignment.task {
             return Err(format!("plan refused: it is for task {}, not {:?}", plan.task, assignment.task));
@@ -54,12 +55,14 @@ impl Session {
         if !named.contains(&plan.task) {
             return Err(format!("assignment refused: this device has not named task {}", plan.task));
         }
-        let (bytes, bytes_max) = (checkpoint.size, plan.adapter.dimension as u64 * 4 + CHECKPOINT_HEADER_BYTES_MAX);
+        let (bytes, bytes_max) =
+            (checkpoint.size, plan.adapter.dimension as u64 * 4 + CHECKPOINT_HEADER_BYTES_MAX);
         if bytes > bytes_max {
             return Err(format!("assignment refused: checkpoint of {bytes} bytes; at most {bytes_max}"));
         }
         let deadline = now.plus(assignment.deadline_ms.min(RETRY_DELAY_MS_MAX));
-        let round = within("assignment.round", assignment.round, 0..=ROUNDS_MAX).map_err(|e| e.to_string())?;
+        let round =
+            within("assignment.round", assignment.round, 0..=ROUNDS_MAX).map_err(|e| e.to_string())?;
         let order = TrainOrder { plan, round, attempt: assignment.attempt, checkpoint };
         Ok(Self { token: assignment.session_token, order, deadline, stage: Stage::FetchingBase })
     }
@@ -134,12 +137,16 @@ impl Session {
 
     fn submitted(&mut self, answer: wire::SubmitUpdateResponse) -> Step {
         match answer.outcome {
-            Some(Outcome::Pending(pending)) => Step::Continue { not_before_ms: pending.poll_after_ms.max(BACKOFF_MS_MIN) },
+            Some(Outcome::Pending(pending)) => {
+                Step::Continue { not_before_ms: pending.poll_after_ms.max(BACKOFF_MS_MIN) }
+            }
             Some(Outcome::Ended(ended)) => match wire::EndReason::try_from(ended.reason) {
                 Ok(wire::EndReason::Contributed) => Step::Contributed,
                 Ok(wire::EndReason::TooLate) => Step::Ended("too late for the round".into()),
                 Ok(wire::EndReason::RoundFailed) => Step::Ended("the round failed".into()),
-                Ok(wire::EndReason::Unspecified) | Err(_) => Step::Ended("ended for an unknown reason".into()),
+                Ok(wire::EndReason::Unspecified) | Err(_) => {
+                    Step::Ended("ended for an unknown reason".into())
+                }
             },
             None => Step::Ended("submit_update.outcome: missing".into()),
         }
@@ -167,7 +174,11 @@ impl Session {
     }
 }
 
-fn verified_plan(resource: &wire::Resource, setup: &DeviceSetup, now: UnixMillis) -> Result<TaskPlan, String> {
+fn verified_plan(
+    resource: &wire::Resource,
+    setup: &DeviceSetup,
+    now: UnixMillis,
+) -> Result<TaskPlan, String> {
     let envelope = inline("assignment.plan", resource).map_err(|e| e.to_string())?;
     let bytes = setup.trust_root.open(Purpose::Plan, envelope).map_err(|e| e.to_string())?;
     let plan = TaskPlan::parse(&bytes).map_err(|e| e.to_string())?;

@@ -139,7 +139,9 @@ fn refused(device: &mut Device) -> String {
 
 fn reported(device: &mut Device) -> TaskResult {
     let action = device.poll_action(NOW);
-    let Some(Action::Call(Request::ReportTaskResult(request))) = action else { panic!("no report but {action:?}") };
+    let Some(Action::Call(Request::ReportTaskResult(request))) = action else {
+        panic!("no report but {action:?}")
+    };
     assert_eq!(request.session_token, [7; 32]);
     TaskResult::try_from(request.result).unwrap()
 }
@@ -253,7 +255,8 @@ fn a_device_that_named_nothing_takes_no_task() {
 
 #[test]
 fn updates_that_are_no_numbers_or_too_long_are_reported_as_failed() {
-    for (delta, expected) in [(vec![0.0, f32::NAN, 0.0, 0.0], "is NaN"), (vec![0.0; 5], "update of 5 values")] {
+    for (delta, expected) in [(vec![0.0, f32::NAN, 0.0, 0.0], "is NaN"), (vec![0.0; 5], "update of 5 values")]
+    {
         let mut device = training(&plan());
         device.handle_trained(delta, NOW);
         assert_eq!(reported(&mut device), TaskResult::TrainingFailed);
@@ -324,12 +327,16 @@ fn uploads_follow_the_committed_bytes_and_end_with_the_deadline() {
     let mut device = training(&large);
     device.handle_trained(vec![0.001; INLINE_BYTES_MAX], NOW);
     let action = device.poll_action(NOW);
-    let Some(Action::Call(Request::WriteBlobChunk(first))) = action else { panic!("no upload but {action:?}") };
+    let Some(Action::Call(Request::WriteBlobChunk(first))) = action else {
+        panic!("no upload but {action:?}")
+    };
     assert_eq!((first.offset, first.crc32c), (0, chunk_at(&first.data, 0).1));
     let committed = |bytes| Response::WriteBlobChunk(wire::WriteBlobChunkResponse { committed_bytes: bytes });
     device.handle_response(committed(1000), NOW);
     let action = device.poll_action(NOW);
-    let Some(Action::Call(Request::WriteBlobChunk(second))) = action else { panic!("no upload but {action:?}") };
+    let Some(Action::Call(Request::WriteBlobChunk(second))) = action else {
+        panic!("no upload but {action:?}")
+    };
     assert_eq!((second.offset, &second.data[..]), (1000, &first.data[1000..]));
     let mut calls = 0;
     device.handle_response(committed(0), NOW);
@@ -354,7 +361,8 @@ fn an_answer_without_a_window_does_not_make_the_device_spin() {
 
 #[test]
 fn installs_a_newer_release_and_never_an_older_one() {
-    let mut device = Device::new(DeviceSetup { release_version: 4, release_version_max: 5, ..setup() }, [9; 32], NOW);
+    let mut device =
+        Device::new(DeviceSetup { release_version: 4, release_version_max: 5, ..setup() }, [9; 32], NOW);
     let seal_release = |m: &ReleaseManifest, k: u8| Some(seal(Purpose::Release, m.to_bytes(), &[&key(k)]));
     let mut now = NOW;
     for (version, signer) in [(3, 1), (5, 1), (6, 2)] {
@@ -399,7 +407,10 @@ fn a_release_that_does_not_open_is_reported_and_not_tried_again() {
     device.handle_install_failed("does not open", NOW);
     let rejected = i32::from(wire::ReleaseState::Rejected);
     let report = device.poll_action(NOW);
-    assert!(matches!(&report, Some(Action::Call(Request::ReportRelease(r))) if r.state == rejected), "{report:?}");
+    assert!(
+        matches!(&report, Some(Action::Call(Request::ReportRelease(r))) if r.state == rejected),
+        "{report:?}"
+    );
     device.handle_response(Response::ReportRelease, NOW);
     let now = device.poll_timeout().unwrap();
     assert_eq!(check_in(&mut device, no_work(Some(offer)), now).release_version, 0);
