@@ -81,7 +81,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
 /// Gives a flushed file its final name, durably.
 pub(crate) fn publish(temporary: &Path, path: &Path) -> Result<(), StoreError> {
     fs::rename(temporary, path).map_err(|e| StoreError::io("rename to", path, e))?;
-    flush_directory(path.parent().unwrap_or(Path::new(".")))
+    flush_directory(path.parent().unwrap_or_else(|| Path::new(".")))
 }
 
 /// Creates a directory, and those above it, for its owner only. One that exists is left as it is.

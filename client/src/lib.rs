@@ -23,6 +23,9 @@ pub mod files;
 pub mod release;
 mod state;
 
+#[cfg(test)]
+mod fixture;
+
 pub use app::{App, Conditions, Consent, ExampleError, ExampleSource};
 pub use client::{Client, ClientBuilder, Step};
 pub use clock::{Clock, SystemClock};

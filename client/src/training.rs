@@ -190,3 +190,6 @@ fn planned_layout(base: &BaseModel, plan: &AdapterPlan) -> Result<Arc<AdapterLay
 fn rejected(error: &dyn std::error::Error) -> TrainingFailure {
     TrainingFailure::PlanRejected(error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+//! Local training on the made-up fleet.
+
+use super::*;
+use crate::data::blocks;
+use crate::fixture::{BLOCK_TOKENS, base, base_bytes, checkpoint, plan, texts};
+
+fn order(plan: &TaskPlan) -> TrainOrder {
+    TrainOrder {
+        plan: plan.clone(),
+        round: 0,
+        attempt: 0,
+        checkpoint: fleetune_proto::Digest::of(&checkpoint()),
+    }
+}
+
+fn own_blocks() -> Vec<Vec<u32>> {
+    blocks(&base().tokenizer, &texts(), BLOCK_TOKENS as usize)
+}
+
+fn run(order: &TrainOrder, seed: u8) -> Result<LocalUpdate, TrainingFailure> {
+    LocalTrainer::new(base(), &order.plan)?
+        .run(order, &checkpoint(), &own_blocks(), &[seed; 32], &mut || false)
+}
+
+#[test]
+fn the_update_follows_from_order_device_and_data_alone() {
+    let order = order(&plan());
+    let update = run(&order, 1).unwrap();
+    assert_eq!(update.delta.len(), order.plan.adapter.dimension);
+    assert!(update.delta.iter().any(|v| *v != 0.0) && update.delta.iter().all(|v| v.is_finite()));
+    assert_eq!((update.summary.steps, update.summary.tokens), (4, 4 * 2 * 16));
+    assert_eq!(update, run(&order, 1).unwrap());
+    assert_eq!(update, run(&TrainOrder { attempt: 3, ..order.clone() }, 1).unwrap(), "an attempt repeats");
+    assert_ne!(update, run(&order, 2).unwrap(), "devices draw their own batches");
+    assert_ne!(update, run(&TrainOrder { round: 1, ..order }, 1).unwrap(), "rounds do too");
+}
+
+#[test]
+fn less_memory_gives_the_same_bits() {
+    let order = order(&plan());
+    let mut frugal =
+        LocalTrainer::with_options(base(), &order.plan, TrainerOptions { recompute: true }).unwrap();
+    let update = frugal.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false).unwrap();
+    assert_eq!(update, run(&order, 1).unwrap());
+}
+
+#[test]
+fn plans_that_do_not_fit_are_rejected() {
+    let check = |expected: &str, spoil: fn(&mut TaskPlan)| {
+        let mut bad = plan();
+        spoil(&mut bad);
+        let error = LocalTrainer::new(base(), &bad).unwrap_err();
+        assert!(
+            matches!(&error, TrainingFailure::PlanRejected(reason) if reason.contains(expected)),
+            "{error}"
+        );
+    };
+    check("for base", |p| p.base_model.sha256 = [1; 32]);
+    check("an adapter of 7 values", |p| p.adapter.dimension = 7);
+    check("another hash", |p| p.adapter.layout_sha256 = [1; 32]);
+    check("an adapter of", |p| p.adapter.rank = 3);
+    check("unknown projection \"head\"", |p| p.adapter.targets = vec!["head".into()]);
+    check("blocks of 65 tokens", |p| p.training.block_tokens = 65);
+    let other = BaseModel::from_gguf_bytes(base_bytes(2)).unwrap();
+    assert!(matches!(LocalTrainer::new(Arc::new(other), &plan()), Err(TrainingFailure::PlanRejected(_))));
+}
+
+#[test]
+fn what_cannot_be_trained_says_why() {
+    let order = order(&plan());
+    let mut trainer = LocalTrainer::new(base(), &order.plan).unwrap();
+    let blocks = own_blocks();
+    let mut steps = 0;
+    let mut third = || {
+        steps += 1;
+        steps > 2
+    };
+    let stopped = trainer.run(&order, &checkpoint(), &blocks, &[1; 32], &mut third).unwrap_err();
+    assert!(matches!(stopped, TrainingFailure::Interrupted(_)), "{stopped}");
+    let few = trainer.run(&order, &checkpoint(), &blocks[..1], &[1; 32], &mut || false).unwrap_err();
+    assert_eq!(few, TrainingFailure::InsufficientData { held: 1, needed: 2 });
+    let broken = trainer.run(&order, b"no checkpoint", &blocks, &[1; 32], &mut || false).unwrap_err();
+    assert!(matches!(broken, TrainingFailure::PlanRejected(_)), "{broken}");
+    let huge = Adapter { layout: Arc::clone(trainer.layout()), values: vec![1e38; trainer.layout().len()] };
+    let diverged = trainer.run(&order, &huge.to_checkpoint_bytes(), &blocks, &[1; 32], &mut || false);
+    assert!(matches!(diverged, Err(TrainingFailure::Failed(_))), "{diverged:?}");
+}
