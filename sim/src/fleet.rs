@@ -158,7 +158,7 @@ impl<'a> Fleet<'a> {
 
     /// Runs to the end of the task and until every device runs its release. `on_round` sees each
     /// finished round.
-    pub fn run(mut self, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<FleetOutcome> {
+    pub fn run(mut self, on_round: &mut dyn FnMut(FinishedRound)) -> Result<FleetOutcome> {
         self.commit(on_round)?;
         while let Some(Reverse((at, _, device))) = self.queue.pop() {
             self.advance(at, on_round)?;
@@ -222,11 +222,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Lets virtual time reach `at`, the coordinator's deadlines on the way included.
-    fn advance(
-        &mut self,
-        at: UnixMillis,
-        on_round: &mut dyn FnMut(FinishedRound) -> Result<()>,
-    ) -> Result<()> {
+    fn advance(&mut self, at: UnixMillis, on_round: &mut dyn FnMut(FinishedRound)) -> Result<()> {
         ensure!(at.since(EPOCH) < VIRTUAL_MS_MAX, "the fleet made no progress in ten virtual years");
         while let Some(deadline) = self.core.poll_timeout().filter(|deadline| *deadline <= at) {
             self.now = self.now.max(deadline);
@@ -267,7 +263,9 @@ impl<'a> Fleet<'a> {
                     let tasks = policy.tasks.into_iter().map(|offer| offer.task).collect();
                     machine.handle_choice(tasks, self.now);
                 }
-                action => return Some(action),
+                action @ (Action::Call(_) | Action::Fetch(_) | Action::Train(_) | Action::Install(_)) => {
+                    return Some(action);
+                }
             }
         }
     }
@@ -387,7 +385,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Takes what the coordinator wants durable; memory is as durable as a simulation gets.
-    fn commit(&mut self, on_round: &mut dyn FnMut(FinishedRound) -> Result<()>) -> Result<()> {
+    fn commit(&mut self, on_round: &mut dyn FnMut(FinishedRound)) -> Result<()> {
         while let Some(commit) = self.core.poll_commit() {
             let id = commit.id;
             for (digest, bytes) in &commit.blobs {
@@ -408,11 +406,7 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    fn note_round(
-        &mut self,
-        commit: Commit,
-        on_round: &mut dyn FnMut(FinishedRound) -> Result<()>,
-    ) -> Result<()> {
+    fn note_round(&mut self, commit: Commit, on_round: &mut dyn FnMut(FinishedRound)) -> Result<()> {
         let Some(record) = commit.record else { return Ok(()) };
         let contributions = std::mem::take(&mut self.contributions);
         if let Ending::Failed(reason) = &record.outcome {
@@ -437,7 +431,8 @@ impl<'a> Fleet<'a> {
             tokens,
             virtual_seconds: self.now.since(EPOCH) as f64 / 1000.0,
             adapter: commit.progress.adapter.clone(),
-        })
+        });
+        Ok(())
     }
 
     fn is_done(&self) -> bool {

@@ -83,7 +83,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     );
     let central = central(&pool, &experiment, &scenario, trained.tokens, args.seed);
     let alone = local_only(&pool, &experiment, &scenario, &trained.adapter, args.seed)?;
-    let release = release_report(&pool, &experiment, &outcome, &args.out)?;
+    let release = release_report(&pool, &experiment, &outcome);
     let central = central.wait()?;
     let base = base.wait()?;
     let devices = alone.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
@@ -199,7 +199,7 @@ impl<'a> RoundLog<'a> {
         }
     }
 
-    fn note(&mut self, outcome: FinishedRound) -> Result<()> {
+    fn note(&mut self, outcome: FinishedRound) {
         let record = &outcome.record;
         let round = record.round + 1;
         self.tokens += outcome.tokens;
@@ -232,7 +232,6 @@ impl<'a> RoundLog<'a> {
             self.evaluations.push((self.rounds.len() - 1, job));
         }
         self.adapter = outcome.adapter;
-        Ok(())
     }
 
     fn finish(mut self) -> Result<Trained> {
@@ -252,16 +251,11 @@ impl<'a> RoundLog<'a> {
     }
 }
 
-fn release_report(
-    pool: &Pool,
-    experiment: &Experiment,
-    outcome: &FleetOutcome,
-    _out: &Path,
-) -> Result<Pending<ReleaseReport>> {
+fn release_report(pool: &Pool, experiment: &Experiment, outcome: &FleetOutcome) -> Pending<ReleaseReport> {
     let (base, blocks) = (Arc::clone(&experiment.base), Arc::clone(&experiment.eval_blocks));
     let (gguf, manifest, devices_active) =
         (Arc::clone(&outcome.adapter_gguf), outcome.manifest.clone(), outcome.devices_active);
-    Ok(pool.submit(move |_| {
+    pool.submit(move |_| {
         let released = from_gguf_lora(&gguf, &base).context("the released adapter")?;
         let sample = |prompt: &&str| -> Result<Sample> {
             let say = |adapter: Option<&Adapter>| continuation(&base, adapter, prompt);
@@ -275,7 +269,7 @@ fn release_report(
             eval_nll: evaluate(&base, Some(&released), &blocks)?.nll,
             samples: PROMPTS.iter().map(sample).collect::<Result<_>>()?,
         })
-    }))
+    })
 }
 
 fn continuation(

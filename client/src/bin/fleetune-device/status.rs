@@ -74,7 +74,7 @@ fn read(arguments: &StatusArguments) -> Result<Status> {
 }
 
 fn print(status: &Status, out: &mut impl Write) -> io::Result<()> {
-    let version = |version: Option<u64>| version.map_or("none".to_owned(), |v| v.to_string());
+    let version = |version: Option<u64>| version.map_or_else(|| "none".to_owned(), |v| v.to_string());
     writeln!(out, "population  {}", status.population.as_deref().unwrap_or("not known"))?;
     writeln!(out, "class       {}", status.device_class)?;
     writeln!(out, "release     {}", version(status.releases.active))?;
