@@ -17,6 +17,7 @@ use crate::training::LocalTrainer;
 use script::{Desk, assignment, no_work, policy, sealed_release};
 use wire::TaskResult;
 
+#[expect(clippy::unnecessary_wraps, reason = "conditions may fail; these do not")]
 fn always() -> Result<(), String> {
     Ok(())
 }
@@ -111,7 +112,7 @@ fn a_manifest_with_a_bad_signature_is_refused() {
 fn a_release_that_does_not_open_is_refused_for_good() {
     let (desk, good) = (Desk::new(), release_adapter(&base()));
     let foreign = release_adapter(&BaseModel::from_gguf_bytes(base_bytes(2)).unwrap());
-    [&good, &foreign].map(|adapter| desk.hold(adapter));
+    [&good, &foreign].iter().for_each(|adapter| desk.hold(adapter));
     desk.answers([sealed_release(&manifest(1, &good), 1), sealed_release(&manifest(2, &foreign), 1)]);
     let mut client = desk.client(willing());
     desk.drive(&mut client, |log| log.release_reports().len() == 2);
@@ -284,9 +285,12 @@ fn a_run_ends_when_its_goal_is_reached_and_nothing_is_under_way() {
     desk.hold(&adapter);
     desk.answer(sealed_release(&manifest(1, &adapter), 1));
     let mut client = desk.client(willing());
-    client.run_with(&AtomicBool::new(false), &mut |event| match event {
-        Event::ReleaseActive(_) => ControlFlow::Break(()),
-        _ => ControlFlow::Continue(()),
+    client.run_with(&AtomicBool::new(false), &mut |event| {
+        if matches!(event, Event::ReleaseActive(_)) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     });
     assert_eq!(desk.log().release_reports(), [(1, wire::ReleaseState::Active)], "the report is out");
 }

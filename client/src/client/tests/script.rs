@@ -234,9 +234,8 @@ impl Desk {
     /// The bytes of the one update that was submitted, inline.
     pub(super) fn submitted(&self) -> Vec<u8> {
         let log = self.log();
-        let submitted = log.0.iter().find_map(|request| match request {
-            Request::SubmitUpdate(r) => r.update.clone()?.source,
-            _ => None,
+        let submitted = log.0.iter().find_map(|request| {
+            if let Request::SubmitUpdate(r) = request { r.update.clone()?.source } else { None }
         });
         match submitted {
             Some(wire::resource::Source::Inline(bytes)) => bytes,
