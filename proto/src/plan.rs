@@ -239,11 +239,11 @@ fn parse_training(wire: &wire::TrainingPlan) -> Result<TrainingPlan, WireError> 
         steps: within("plan.training.steps", wire.steps, 1..=STEPS_MAX)?,
         batch_size: within("plan.training.batch_size", wire.batch_size, 1..=BATCH_SIZE_MAX)?,
         block_tokens: within("plan.training.block_tokens", wire.block_tokens, 1..=BLOCK_TOKENS_MAX)?,
-        learning_rate: finite("plan.training.learning_rate", wire.learning_rate, 0.0, 1e3)?,
+        learning_rate: finite("plan.training.learning_rate", wire.learning_rate, 1e-12, 1e3)?,
         learning_rate_final_fraction: finite(
             "plan.training.learning_rate_final_fraction",
             wire.learning_rate_final_fraction,
-            0.0,
+            1e-6,
             1.0,
         )?,
         gradient_clip: (clip > 0.0).then_some(clip),
@@ -352,7 +352,8 @@ pub(crate) mod tests {
             [0, 5, 10].map(|round| training.learning_rate_at(round, 11))
         };
         assert_eq!(rates(1.0), [1e-3; 3]);
-        assert_eq!(rates(0.1), [1e-3, 5.5e-4, 1e-4]);
+        let expected = [1e-3, 5.5e-4, 1e-4];
+        assert!(rates(0.1).iter().zip(expected).all(|(rate, wanted)| (rate - wanted).abs() < 1e-9));
         assert_eq!(plan().training.learning_rate_at(0, 1), 1e-3);
     }
 
@@ -365,6 +366,11 @@ pub(crate) mod tests {
             assert!(error.starts_with(expected), "{error}");
         };
         check(&|p| p.training.steps = 0, "plan.training.steps: 0");
+        check(&|p| p.training.learning_rate = 0.0, "plan.training.learning_rate: 0");
+        check(
+            &|p| p.training.learning_rate_final_fraction = 0.0,
+            "plan.training.learning_rate_final_fraction: 0",
+        );
         check(&|p| p.training.learning_rate = f32::NAN, "plan.training.learning_rate: NaN");
         check(&|p| p.adapter.targets = vec!["q".into(), "q".into()], "plan.adapter.targets");
         check(&|p| p.adapter.targets = vec!["head".into()], "plan.adapter.targets");

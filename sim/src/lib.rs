@@ -8,3 +8,4 @@ pub mod pretrain;
 pub mod report;
 pub mod run;
 pub mod scenario;
+pub mod tools;

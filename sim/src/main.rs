@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{pretrain, run};
+use fleetune_sim::{pretrain, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -16,6 +16,12 @@ struct Arguments {
 enum Command {
     /// Train a simulated fleet and compare it with central training and training alone.
     Run(run::RunArgs),
+    /// Print the NLL of blocks of token ids.
+    Eval(tools::EvalArgs),
+    /// Print the token ids of texts.
+    Tokenize(tools::TokenizeArgs),
+    /// Continue a text.
+    Generate(tools::GenerateArgs),
     /// Train a small base model from plain text.
     Pretrain(pretrain::PretrainArgs),
 }
@@ -25,6 +31,9 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match Arguments::parse().command {
         Command::Run(args) => run::run(&args).map(|_| ()),
+        Command::Eval(args) => tools::eval(&args),
+        Command::Tokenize(args) => tools::tokenize(&args),
+        Command::Generate(args) => tools::generate_text(&args),
         Command::Pretrain(args) => pretrain::run(&args),
     }
 }

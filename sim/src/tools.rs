@@ -1,0 +1,177 @@
+//! Small programs beside the simulator: `eval`, `tokenize` and `generate`, for people and for checks
+//! against other software.
+
+#![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
+
+use anyhow::{Context, Result, ensure};
+use fleetune_model::{
+    adapter::Adapter,
+    adapter_formats::{from_gguf_lora, from_peft, read_peft_dir},
+    base::BaseModel,
+    eval::token_nlls,
+    generate::{Sampling, generate},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs,
+    io::{self, BufRead, Write},
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+/// A base model, with or without an adapter.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Base model: a GGUF file or a Hugging Face folder.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Adapter: a GGUF LoRA file or a PEFT folder.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+}
+
+/// Prints the NLL of blocks of token ids.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSON file: {"seen": [{"ids": [..]}, ..], "heldout": [{"ids": [..]}, ..]}.
+    #[arg(long)]
+    blocks: PathBuf,
+    /// Prints JSON with the NLL of every token instead of two lines.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Reads one JSON string a line and prints one JSON array of token ids a line. Control tokens in the
+/// text are recognized.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TokenizeArgs {
+    /// Model whose tokenizer is used.
+    #[arg(long)]
+    model: PathBuf,
+}
+
+/// Continues a text.
+#[derive(Clone, Debug, clap::Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text.
+    #[arg(long)]
+    prompt: String,
+    /// Most tokens to add.
+    #[arg(long, default_value_t = 64)]
+    max_tokens: usize,
+    /// 0 takes the likeliest token each time.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Choose among this many likeliest tokens; 0: all.
+    #[arg(long, default_value_t = 40)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Seed of the choice.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Deserialize)]
+struct Blocks {
+    seen: Vec<Block>,
+    heldout: Vec<Block>,
+}
+
+#[derive(Deserialize)]
+struct Block {
+    ids: Vec<u32>,
+}
+
+#[derive(Serialize)]
+struct Evaluated {
+    seen: GroupNll,
+    heldout: GroupNll,
+}
+
+/// `nll` is the mean over all tokens of all blocks, nats; `token_nll` one list a block.
+#[derive(Serialize)]
+struct GroupNll {
+    nll: f64,
+    token_nll: Vec<Vec<f32>>,
+}
+
+/// `fleetune-sim eval`.
+pub fn eval(args: &EvalArgs) -> Result<()> {
+    let (base, adapter) = open(&args.model)?;
+    let name = args.blocks.display();
+    let bytes = fs::read(&args.blocks).with_context(|| format!("blocks {name}"))?;
+    let blocks: Blocks = serde_json::from_slice(&bytes).with_context(|| format!("blocks {name}"))?;
+    let group = |group: &str, blocks: &[Block]| {
+        group_nll(&base, adapter.as_ref(), blocks).with_context(|| format!("blocks {name}: {group}"))
+    };
+    let evaluated =
+        Evaluated { seen: group("seen", &blocks.seen)?, heldout: group("heldout", &blocks.heldout)? };
+    if args.json {
+        println!("{}", serde_json::to_string(&evaluated)?);
+    } else {
+        println!("seen NLL     {:.4} nats a token", evaluated.seen.nll);
+        println!("held-out NLL {:.4} nats a token", evaluated.heldout.nll);
+    }
+    Ok(())
+}
+
+/// `fleetune-sim tokenize`.
+pub fn tokenize(args: &TokenizeArgs) -> Result<()> {
+    let base = open_base(&args.model)?;
+    let mut out = io::stdout().lock();
+    for (index, line) in io::stdin().lock().lines().enumerate() {
+        let line = line.context("standard input")?;
+        let number = index + 1;
+        let text: String =
+            serde_json::from_str(&line).with_context(|| format!("line {number} is not a JSON string"))?;
+        writeln!(out, "{}", serde_json::to_string(&base.tokenizer.encode(&text, false))?)?;
+    }
+    Ok(())
+}
+
+/// `fleetune-sim generate`.
+pub fn generate_text(args: &GenerateArgs) -> Result<()> {
+    let (base, adapter) = open(&args.model)?;
+    let prompt = base.tokenizer.encode(&args.prompt, false);
+    ensure!(!prompt.is_empty(), "--prompt: at least one token");
+    let GenerateArgs { max_tokens, temperature, top_k, top_p, seed, .. } = *args;
+    let sampling = Sampling { temperature, top_k, top_p, seed, max_tokens };
+    let answer = generate(&base, adapter.as_ref(), &prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
+    println!("{}{}", args.prompt, base.tokenizer.decode(&answer));
+    Ok(())
+}
+
+fn open(args: &ModelArgs) -> Result<(BaseModel, Option<Adapter>)> {
+    let base = open_base(&args.model)?;
+    let adapter = args.adapter.as_deref().map(|path| open_adapter(path, &base)).transpose()?;
+    Ok((base, adapter))
+}
+
+fn open_base(path: &Path) -> Result<BaseModel> {
+    BaseModel::open(path).with_context(|| format!("model {}", path.display()))
+}
+
+fn open_adapter(path: &Path, base: &BaseModel) -> Result<Adapter> {
+    let context = || format!("adapter {}", path.display());
+    if path.is_dir() {
+        return from_peft(&read_peft_dir(path).with_context(context)?, &base.config).with_context(context);
+    }
+    from_gguf_lora(&fs::read(path).with_context(context)?, base).with_context(context)
+}
+
+fn group_nll(base: &BaseModel, adapter: Option<&Adapter>, blocks: &[Block]) -> Result<GroupNll> {
+    ensure!(!blocks.is_empty(), "no blocks");
+    let of = |(index, block): (usize, &Block)| {
+        token_nlls(base, adapter, &block.ids).with_context(|| format!("block {index}"))
+    };
+    let token_nll = blocks.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
+    let (sum, count) =
+        token_nll.iter().flatten().fold((0.0, 0usize), |(sum, n), nll| (sum + f64::from(*nll), n + 1));
+    Ok(GroupNll { nll: sum / count as f64, token_nll })
+}
