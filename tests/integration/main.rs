@@ -3,6 +3,7 @@
 mod architecture;
 mod disclosure;
 mod documents;
+mod processes;
 mod ratchet;
 mod simulation;
 mod support;

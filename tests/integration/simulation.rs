@@ -43,7 +43,12 @@ fn run_with(folder: &Path, threads: usize, seed: u64) -> (Report, Value) {
     };
     let report = run(&args).expect("a finished run");
     let json = fs::read_to_string(out.join("report.json")).expect("report.json");
-    assert!(fs::read_to_string(out.join("report.html")).expect("report.html").to_lowercase().starts_with("<!doctype html>"));
+    assert!(
+        fs::read_to_string(out.join("report.html"))
+            .expect("report.html")
+            .to_lowercase()
+            .starts_with("<!doctype html>")
+    );
     assert!(out.join("adapter.gguf").exists() && out.join("adapter.safetensors").exists());
     (report, serde_json::from_str(&json).expect("JSON"))
 }

@@ -1,0 +1,214 @@
+//! A folder with a coordinator's configuration and devices' data, and the processes in it.
+
+use crate::support::{program, root};
+use fleetune_client::data::{Dataset, Group, UserData};
+use serde_json::{Value, json};
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A process that is killed (SIGKILL) when it is dropped.
+pub(super) struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Polls until it holds; fails loudly when it does not in time.
+#[expect(clippy::disallowed_methods, reason = "real processes take real time")]
+pub(super) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < PATIENCE, "after {PATIENCE:?}, still not: {what}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+pub(super) struct Site {
+    folder: TempDir,
+    public_key: String,
+}
+
+impl Site {
+    /// Data for `users` devices, and a coordinator's configuration with one task on the embedded base.
+    pub(super) fn new(users: usize, round: &str, rounds: u32, steps: u32) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        fs::copy(root().join("sim/base/fleetune-base.q8_0.gguf"), path("base.gguf"))
+            .expect("the embedded base");
+        let mut keygen = Command::new(program("fleetune-coordinator"));
+        let output = keygen.args(["keygen", "--out"]).arg(path("key.pem")).output().expect("keygen");
+        let printed = String::from_utf8(output.stdout).expect("UTF-8");
+        let is_key = |word: &&str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
+        let public_key = printed.split_whitespace().find(is_key).expect("a public key").to_owned();
+        fs::write(path("coordinator.toml"), config(round, rounds, steps)).expect("a configuration");
+        write_data(&folder, users);
+        Self { folder, public_key }
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The users as the simulator reads them.
+    pub(super) fn dataset(&self) -> PathBuf {
+        self.path("all.jsonl")
+    }
+
+    /// Starts the coordinator and waits until it listens; started again, on the address of before.
+    pub(super) fn coordinator(&self) -> Running {
+        let address = fs::read_to_string(self.path("address")).unwrap_or_else(|_| "127.0.0.1:0".to_owned());
+        let _ = fs::remove_file(self.path("address"));
+        let child = self.serve(address.trim()).spawn().expect("the coordinator starts");
+        let running = Running(child);
+        wait_until("the coordinator listens", || {
+            fs::read_to_string(self.path("address")).is_ok_and(|a| a.contains(':'))
+        });
+        running
+    }
+
+    /// What a coordinator says that cannot start.
+    pub(super) fn coordinator_error(&self) -> String {
+        let output = self.serve("127.0.0.1:0").stderr(Stdio::piped()).output().expect("the coordinator runs");
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    fn serve(&self, address: &str) -> Command {
+        let mut command = Command::new(program("fleetune-coordinator"));
+        command.arg("serve").arg("--config").arg(self.path("coordinator.toml"));
+        command.args(["--listen", address, "--ready-file"]).arg(self.path("address"));
+        command.stdout(Stdio::null()).stderr(self.log("coordinator"));
+        command
+    }
+
+    /// Starts a device; its log begins anew.
+    pub(super) fn device(&self, user: usize, seed: &str) -> Running {
+        let mut command = self.device_command(user, seed);
+        Running(command.stderr(self.log(&format!("device-{user}"))).spawn().expect("the device starts"))
+    }
+
+    /// What a device says that cannot start.
+    pub(super) fn device_error(&self, user: usize) -> String {
+        fs::write(self.path("address"), "127.0.0.1:9").expect("an address");
+        let output =
+            self.device_command(user, &"00".repeat(32)).stderr(Stdio::piped()).output().expect("runs");
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    fn device_command(&self, user: usize, seed: &str) -> Command {
+        let address = fs::read_to_string(self.path("address")).expect("the coordinator listens");
+        let mut command = Command::new(program("fleetune-device"));
+        command.args(["run", "--coordinator", &format!("http://{}", address.trim())]);
+        command.arg("--data").arg(self.path(&format!("user-{user}.jsonl")));
+        command.arg("--state").arg(self.path(&format!("state-{user}")));
+        command.args(["--population", "test", "--trust-key", &self.public_key, "--device-seed", seed]);
+        command.arg("--insecure-allow-plaintext-aggregation").stdout(Stdio::null());
+        command
+    }
+
+    fn log(&self, name: &str) -> File {
+        File::create(self.path(&format!("{name}.log"))).expect("a log file")
+    }
+
+    pub(super) fn device_log(&self, user: usize) -> String {
+        fs::read_to_string(self.path(&format!("device-{user}.log"))).unwrap_or_default()
+    }
+
+    /// `fleetune-coordinator status --json`.
+    pub(super) fn status(&self) -> Value {
+        let mut command = Command::new(program("fleetune-coordinator"));
+        command.args(["status", "--json", "--config"]).arg(self.path("coordinator.toml"));
+        json_of(&mut command)
+    }
+
+    /// The task's next round.
+    pub(super) fn round(&self) -> u64 {
+        self.status()["tasks"][0]["round"].as_u64().unwrap_or(0)
+    }
+
+    /// `fleetune-device status --json`; null before the device has a state.
+    pub(super) fn device_status(&self, user: usize) -> Value {
+        let mut command = Command::new(program("fleetune-device"));
+        command.args(["status", "--json", "--state"]).arg(self.path(&format!("state-{user}")));
+        json_of(&mut command)
+    }
+
+    pub(super) fn generate(&self, user: usize, prompt: &str) -> String {
+        let mut command = Command::new(program("fleetune-device"));
+        command.args(["generate", "--prompt", prompt, "--max-tokens", "8", "--state"]);
+        let output = command.arg(self.path(&format!("state-{user}"))).output().expect("generate");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+}
+
+fn json_of(command: &mut Command) -> Value {
+    let output = command.output().expect("the program runs");
+    serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
+}
+
+fn config(round: &str, rounds: u32, steps: u32) -> String {
+    format!(
+        r#"
+population = "test"
+signing_key_file = "key.pem"
+[pace]
+soon_ms = 200
+idle_ms_min = 500
+idle_ms_max = 1000
+[[task]]
+name = "lora"
+base_model = "base.gguf"
+rounds = {rounds}
+[task.adapter]
+rank = 8
+alpha = 16.0
+targets = ["q", "k", "v", "o", "gate", "up", "down"]
+init_seed = 5
+[task.training]
+steps = {steps}
+batch_size = 2
+block_tokens = 32
+learning_rate = 5e-3
+learning_rate_final_fraction = 0.15
+[task.aggregation]
+summands_max = 8
+[task.round]
+selection_ms = 4000
+{round}
+"#
+    )
+}
+
+/// One file a device, one with all users for the simulator, and a held-out user.
+fn write_data(folder: &TempDir, users: usize) {
+    let roles = root().join("sim/data/shakespeare_roles_cap400.jsonl.gz");
+    let roles = Dataset::load(&roles).expect("the roles");
+    let mut chosen: Vec<UserData> = roles.group(Group::Train).take(users).cloned().collect();
+    let mut all = String::new();
+    for (index, user) in chosen.iter().enumerate() {
+        let line = record(user, "train");
+        fs::write(folder.path().join(format!("user-{index}.jsonl")), format!("{line}\n")).expect("data");
+        all.push_str(&format!("{line}\n"));
+    }
+    chosen.extend(roles.group(Group::HeldOut).take(1).cloned());
+    all.push_str(&format!("{}\n", record(chosen.last().expect("a held-out user"), "heldout")));
+    fs::write(folder.path().join("all.jsonl"), all).expect("data");
+}
+
+fn record(user: &UserData, group: &str) -> String {
+    json!({"user": user.user, "group": group, "train": user.train, "val": user.val, "test": user.test})
+        .to_string()
+}
