@@ -1,6 +1,7 @@
 //! Real processes over loopback gRPC: a coordinator and its devices, killed and started again.
 
 mod fleet;
+mod hostile;
 
 use crate::support::root;
 use fleet::{Site, wait_until};
@@ -109,8 +110,7 @@ fn a_broken_base_or_broken_data_is_named_and_nothing_starts() {
     fs::write(site.path("base.gguf"), &bytes[..bytes.len() / 2]).expect("a truncated model");
     let error = site.coordinator_error();
     assert!(error.contains("base.gguf") && error.contains("truncated"), "{error}");
-    fs::write(site.path("user-0.jsonl"), "\"a first text\"\nno json\n")
-        .expect("broken data");
+    fs::write(site.path("user-0.jsonl"), "\"a first text\"\nno json\n").expect("broken data");
     let error = site.device_error(0);
-    assert!(error.contains("user-0.jsonl") && error.contains("line 2"), "{error}");
+    assert!(error.contains("user-0.jsonl:2: not JSON"), "{error}");
 }
