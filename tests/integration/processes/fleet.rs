@@ -126,6 +126,10 @@ impl Site {
         fs::read_to_string(self.path(&format!("device-{user}.log"))).unwrap_or_default()
     }
 
+    pub(super) fn coordinator_log(&self) -> String {
+        fs::read_to_string(self.path("coordinator.log")).unwrap_or_default()
+    }
+
     /// `fleetune-coordinator status --json`.
     pub(super) fn status(&self) -> Value {
         let mut command = Command::new(program("fleetune-coordinator"));
