@@ -3,6 +3,7 @@
 mod fleet;
 mod full_disk;
 mod hostile;
+mod tls;
 
 use crate::support::root;
 use fleet::{Site, wait_until};

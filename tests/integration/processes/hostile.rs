@@ -15,7 +15,7 @@ use std::fs;
 /// Bytes of an update of the embedded base's adapter: 91,136 values of 32 bits.
 const UPDATE_BYTES: usize = 91_136 * 4;
 
-fn check_in(population: &str, nonce: u8, policy_sha256: Vec<u8>) -> Request {
+pub(super) fn check_in(population: &str, nonce: u8, policy_sha256: Vec<u8>) -> Request {
     let protocols = vec![AggregationProtocol::InsecurePlaintext.into()];
     Request::CheckIn(CheckInRequest {
         population: population.into(),
