@@ -1,4 +1,7 @@
-//! Vectors mod 2^b in u32 lanes, and their bit-packed wire form. Adding many of them is `sum.rs`.
+//! Vectors mod 2^b in u32 lanes, and their bit-packed wire form (`ring/packed.rs`). Adding many of them is
+//! `sum.rs`.
+
+mod packed;
 
 use thiserror::Error;
 
@@ -103,37 +106,46 @@ impl RingVector {
                 actual: bytes.len(),
             });
         }
-        let (mut lanes, mut source) = (Vec::with_capacity(dimension), bytes.iter());
-        let (mut buffer, mut held) = (0u64, 0);
-        for _ in 0..dimension {
-            while held < bits.bits() {
-                buffer |= u64::from(*source.next().expect("length was checked")) << held;
-                held += 8;
-            }
-            lanes.push(low_bits(buffer, bits));
-            buffer >>= bits.bits();
-            held -= bits.bits();
+        if packed::padding(bits, dimension, bytes) != 0 {
+            return Err(RingError::Padding);
         }
-        if buffer != 0 { Err(RingError::Padding) } else { Ok(Self { bits, lanes }) }
+        let mut lanes = vec![0; dimension];
+        packed::read(bits, bytes, &mut lanes, |lane, value| *lane = value);
+        Ok(Self { bits, lanes })
     }
 
     /// The wire form read by [`RingVector::unpack`].
     pub fn pack(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.bits.packed_len(self.lanes.len()));
-        let (mut buffer, mut held) = (0u64, 0);
-        for lane in &self.lanes {
-            buffer |= u64::from(*lane) << held;
-            held += self.bits.bits();
-            while held >= 8 {
-                bytes.push(buffer.to_le_bytes()[0]);
-                buffer >>= 8;
-                held -= 8;
-            }
+        packed::write(self.bits, &self.lanes)
+    }
+
+    /// Reduces values mod 2^b.
+    pub fn from_lanes(bits: RingBits, mut lanes: Vec<u32>) -> Self {
+        let mask = bits.mask();
+        lanes.iter_mut().for_each(|lane| *lane &= mask);
+        Self { bits, lanes }
+    }
+
+    /// Adds a vector in its wire form, mod 2^b, without unpacking it into memory. On error nothing has
+    /// changed.
+    pub fn add_packed(&mut self, bytes: &[u8]) -> Result<(), RingError> {
+        let (bits, dimension) = (self.bits, self.lanes.len());
+        let expected = bits.packed_len(dimension);
+        if bytes.len() != expected {
+            let (bits, actual) = (bits.bits(), bytes.len());
+            return Err(RingError::PackedLength { dimension, bits, expected, actual });
         }
-        if held > 0 {
-            bytes.push(buffer.to_le_bytes()[0]);
+        if packed::padding(bits, dimension, bytes) != 0 {
+            return Err(RingError::Padding);
         }
-        bytes
+        let mask = bits.mask();
+        packed::read(bits, bytes, &mut self.lanes, |lane, value| *lane = lane.wrapping_add(value) & mask);
+        Ok(())
+    }
+
+    /// The elements; whoever changes them reduces them mod 2^b.
+    pub(crate) fn lanes_mut(&mut self) -> &mut [u32] {
+        &mut self.lanes
     }
 
     /// Number of values.
@@ -165,11 +177,6 @@ impl RingVector {
         }
         Ok(())
     }
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "masked to at most 32 bits")]
-fn low_bits(buffer: u64, bits: RingBits) -> u32 {
-    (buffer & u64::from(bits.mask())) as u32
 }
 
 #[cfg(test)]

@@ -23,6 +23,13 @@ impl RunningSum {
         Ok(())
     }
 
+    /// Adds the opened sum of a cohort. On error nothing has changed.
+    pub fn add_sum(&mut self, sum: &RingVector, contributions: u32) -> Result<(), RingError> {
+        self.sum.add_assign(sum)?;
+        self.contributions += contributions;
+        Ok(())
+    }
+
     /// Contributions added.
     pub fn contributions(&self) -> u32 {
         self.contributions

@@ -1,0 +1,188 @@
+//! The end of a session at the coordinator: rebuild the secrets that the survivors have revealed, check each
+//! against what its owner published, and take the masks off the sum.
+
+use super::{Cohort, cohort::Member};
+use crate::{
+    identity::DeviceId,
+    key_schedule::{Binding, End, agree},
+    mask::{MaskSeed, Sign, add_masks_parallel},
+    messages::RevealedShare,
+    ring::RingVector,
+    session_id::Terms,
+    shamir::join_checked,
+};
+use std::thread;
+use subtle::ConstantTimeEq;
+use thiserror::Error;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+/// Everything that opening takes; [`Opening::run`] is pure computation.
+pub struct Opening {
+    terms: Terms,
+    binding: Binding,
+    threshold: usize,
+    members: Vec<Member>,
+    sum: RingVector,
+}
+
+/// A share that is not the one its owner sent: either the owner sealed a wrong one, or the revealer changed
+/// it. Which of the two is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Suspicion {
+    /// Whose secret it is a share of.
+    pub owner: DeviceId,
+    /// Who revealed it.
+    pub revealer: DeviceId,
+}
+
+/// The sum of the survivors' vectors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    /// Their sum mod 2^b.
+    pub sum: RingVector,
+    /// Vectors in it.
+    pub survivors: u32,
+    /// Shares that were wrong; the sum is right all the same.
+    pub suspicions: Vec<Suspicion>,
+}
+
+/// Some secrets cannot be rebuilt: the sum stays masked.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the secrets of {} devices cannot be rebuilt from the shares revealed", owners.len())]
+pub struct OpenError {
+    /// Whose secrets. With enough shares there, these devices sealed wrong ones.
+    pub owners: Vec<DeviceId>,
+    /// Shares known to be wrong.
+    pub suspicions: Vec<Suspicion>,
+}
+
+/// One member's contribution to the masks to be removed.
+struct Recovered {
+    masks: Vec<(MaskSeed, Sign)>,
+    suspicions: Vec<Suspicion>,
+}
+
+impl Opening {
+    pub(super) fn new(cohort: Cohort) -> Self {
+        let Cohort { terms, binding, degrees, members, sum, .. } = cohort;
+        Self { terms, binding, threshold: degrees.threshold as usize, members, sum }
+    }
+
+    /// Removes the masks on up to `threads` threads; the result does not depend on their number.
+    ///
+    /// # Errors
+    /// [`OpenError`] names the devices whose secrets could not be rebuilt.
+    pub fn run(mut self, threads: usize) -> Result<Opened, OpenError> {
+        let threads = threads.max(1);
+        let recovered = self.recover_all(threads);
+        let mut error = OpenError { owners: Vec::new(), suspicions: Vec::new() };
+        let mut masks = Vec::new();
+        for recovered in recovered {
+            match recovered {
+                Ok(mut recovered) => {
+                    masks.append(&mut recovered.masks);
+                    error.suspicions.append(&mut recovered.suspicions);
+                }
+                Err(owner) => error.owners.push(owner),
+            }
+        }
+        if !error.owners.is_empty() {
+            return Err(error);
+        }
+        add_masks_parallel(self.terms.suite, &mut self.sum, &masks, threads);
+        let survivors = self.members.iter().filter(|member| member.is_survivor()).count();
+        let survivors = u32::try_from(survivors).expect("bounded by MEMBERS_MAX");
+        Ok(Opened { sum: self.sum, survivors, suspicions: error.suspicions })
+    }
+
+    fn recover_all(&self, threads: usize) -> Vec<Result<Recovered, DeviceId>> {
+        let owners: Vec<usize> = (0..self.members.len()).collect();
+        let part = owners.len().div_ceil(threads).max(1);
+        let recover = |owners: &[usize]| owners.iter().filter_map(|i| self.recover(*i)).collect::<Vec<_>>();
+        if threads == 1 {
+            return recover(&owners);
+        }
+        thread::scope(|scope| {
+            let parts: Vec<_> = owners.chunks(part).map(|part| scope.spawn(move || recover(part))).collect();
+            parts.into_iter().flat_map(|part| part.join().expect("recovering does not panic")).collect()
+        })
+    }
+
+    /// The masks that this member left in the sum. None if it left none.
+    fn recover(&self, owner: usize) -> Option<Result<Recovered, DeviceId>> {
+        let member = &self.members[owner];
+        let recovered = match (&member.bundle, member.is_survivor()) {
+            (None, _) => return None,
+            (Some(bundle), true) => self.self_mask(owner, &bundle.commitment),
+            (Some(_), false) => self.pair_masks(owner)?,
+        };
+        Some(recovered.ok_or_else(|| member.advertisement.id()))
+    }
+
+    fn self_mask(&self, owner: usize, commitment: &[u8; 32]) -> Option<Recovered> {
+        let id = self.members[owner].advertisement.id();
+        let is_right = |secret: &[u8; 32]| self.binding.commitment(secret, &id).ct_eq(commitment).into();
+        let (secret, suspicions) = self.join(owner, &is_right)?;
+        let masks = vec![(self.binding.self_seed(&secret, &id), Sign::Minus)];
+        Some(Recovered { masks, suspicions })
+    }
+
+    /// The masks that survivors share with a dropout. None if no survivor does.
+    fn pair_masks(&self, owner: usize) -> Option<Option<Recovered>> {
+        let dropout = &self.members[owner];
+        let survivors: Vec<u32> = dropout
+            .neighbours
+            .iter()
+            .copied()
+            .filter(|peer| self.members[*peer as usize].is_survivor())
+            .collect();
+        if survivors.is_empty() {
+            return None;
+        }
+        let public = &dropout.advertisement.mask_key;
+        let is_right =
+            |secret: &[u8; 32]| PublicKey::from(&StaticSecret::from(*secret)).as_bytes().ct_eq(public).into();
+        let Some((secret, suspicions)) = self.join(owner, &is_right) else { return Some(None) };
+        let secret = StaticSecret::from(*secret);
+        let id = dropout.advertisement.id();
+        let index = u32::try_from(owner).expect("bounded by MEMBERS_MAX");
+        let mask = |peer: &u32| {
+            let other = &self.members[*peer as usize].advertisement;
+            let (ends, other_id) = (other.mask_key, other.id());
+            let a = End { index, id: &id, key: public };
+            let b = End { index: *peer, id: &other_id, key: &ends };
+            let shared = agree(&secret, &other.mask_key).ok()?;
+            // The survivor added it if the dropout's place is later than its own.
+            let sign = if index > *peer { Sign::Minus } else { Sign::Plus };
+            Some((self.binding.pair_seed(&shared, a, b), sign))
+        };
+        // A survivor with a key of low order would have made the dropout abort instead of sharing.
+        let masks = survivors.iter().filter_map(mask).collect();
+        Some(Some(Recovered { masks, suspicions }))
+    }
+
+    /// Rebuilds the secret of `owner` from what its neighbours revealed.
+    fn join(
+        &self,
+        owner: usize,
+        is_right: &dyn Fn(&[u8; 32]) -> bool,
+    ) -> Option<(Zeroizing<[u8; 32]>, Vec<Suspicion>)> {
+        let member = &self.members[owner];
+        let place = u32::try_from(owner).expect("bounded by MEMBERS_MAX");
+        let share = |(x, peer): (u8, &u32)| {
+            let reveal = self.members[*peer as usize].reveal.as_ref()?;
+            let found = reveal.shares.binary_search_by_key(&place, |(peer, _)| *peer).ok()?;
+            match &reveal.shares[found].1 {
+                RevealedShare::SelfMask(share) | RevealedShare::MaskKey(share) => Some((x, &**share)),
+            }
+        };
+        let shares: Vec<(u8, &[u8; 32])> = (1..=u8::MAX).zip(&member.neighbours).filter_map(share).collect();
+        let joined = join_checked(self.threshold, &shares, is_right).ok()?;
+        let revealer =
+            |x: &u8| self.members[member.neighbours[usize::from(*x) - 1] as usize].advertisement.id();
+        let owner = member.advertisement.id();
+        let suspicions = joined.bad.iter().map(|x| Suspicion { owner, revealer: revealer(x) }).collect();
+        Some((joined.secret, suspicions))
+    }
+}

@@ -1,0 +1,91 @@
+//! What a device demands of a session, whatever the coordinator says.
+
+use super::Abort;
+use crate::{
+    MEMBERS_MAX,
+    identity::Registrars,
+    messages::{RosterView, SurvivorSet},
+    parameters::{self, FULL_GRAPH_BELOW},
+};
+
+/// The device's own bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Floors {
+    /// Fewest members of a cohort.
+    pub cohort_min: u32,
+    /// Fewest survivors of whom a sum may open, this device included.
+    pub survivors_min: u32,
+    /// Share of the members that the device believes may collude with the coordinator, in thousandths.
+    pub corrupted_permille: u32,
+    /// Share of the members that may be missing from the sum, in thousandths.
+    pub dropout_permille: u32,
+    /// Statistical security: the graph fails to protect with probability below 2^-sigma. Part of it pays for
+    /// a coordinator that draws the roster again and again: see `docs/protocol.md`.
+    pub sigma: u32,
+    /// Below this size every member must be a neighbour of every other.
+    pub full_graph_below: u32,
+}
+
+/// Everything that a device brings into a session of its own.
+#[derive(Debug, Clone)]
+pub struct DevicePolicy {
+    /// Population that its peers must be certified for.
+    pub population: String,
+    /// Who may certify them.
+    pub registrars: Registrars,
+    /// Bounds.
+    pub floors: Floors,
+}
+
+impl Default for Floors {
+    fn default() -> Self {
+        Self {
+            cohort_min: 4,
+            survivors_min: 3,
+            corrupted_permille: 100,
+            dropout_permille: 400,
+            sigma: 40,
+            full_graph_below: FULL_GRAPH_BELOW,
+        }
+    }
+}
+
+impl Floors {
+    /// Most members that may be missing of `members`.
+    #[must_use]
+    pub fn missing_max(&self, members: u32) -> u32 {
+        let missing = u64::from(members) * u64::from(self.dropout_permille) / 1000;
+        u32::try_from(missing).unwrap_or(u32::MAX)
+    }
+
+    /// Fewest survivors of `members`.
+    #[must_use]
+    pub fn survivors_of(&self, members: u32) -> u32 {
+        self.survivors_min.max(members.saturating_sub(self.missing_max(members)))
+    }
+
+    /// Stops cohorts of one or two, and thresholds so low that colluding peers, or two halves of the
+    /// neighbours told of different survivors, could open what they must not.
+    pub(super) fn check_roster(&self, view: &RosterView) -> Result<(), Abort> {
+        let (members, degree) = (view.members, view.degrees.degree);
+        if members < self.cohort_min.max(2) {
+            return Err(Abort::CohortTooSmall { members, floor: self.cohort_min.max(2) });
+        }
+        if members as usize > MEMBERS_MAX {
+            return Err(Abort::CohortTooLarge {
+                members,
+                max: u32::try_from(MEMBERS_MAX).unwrap_or(u32::MAX),
+            });
+        }
+        if members < self.full_graph_below && degree != members - 1 {
+            return Err(Abort::SparseGraph { degree, members, below: self.full_graph_below });
+        }
+        let missing = self.missing_max(members);
+        Ok(parameters::check(members, view.degrees, self.corrupted_permille, missing, self.sigma)?)
+    }
+
+    pub(super) fn check_survivors(&self, survivors: &SurvivorSet) -> Result<(), Abort> {
+        let (count, floor) = (survivors.count(), self.survivors_of(survivors.members()));
+        if count < floor { Err(Abort::TooFewSurvivors { survivors: count, floor }) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,97 @@
+//! The wire form of a ring vector: values of b bits each, least significant bit first, without gaps. Eight
+//! values take b bytes exactly, so each width has its own unrolled loop over groups of eight.
+
+use super::RingBits;
+
+/// Values that take a whole number of bytes at any width.
+const GROUP: usize = 8;
+
+/// Runs a function for the width at hand with the width as a constant.
+macro_rules! per_width {
+    ($bits:expr, $function:ident, $($argument:expr),*) => {
+        per_width!(@ $bits, $function, ($($argument),*),
+            8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32)
+    };
+    (@ $bits:expr, $function:ident, $arguments:tt, $($width:literal)*) => {
+        match $bits.bits() {
+            $($width => per_width!(@@ $function, $width, $arguments),)*
+            width => unreachable!("a ring of {width} bits"),
+        }
+    };
+    (@@ $function:ident, $width:literal, ($($argument:expr),*)) => {
+        $function::<$width>($($argument),*)
+    };
+}
+
+/// The unused bits of the last byte.
+pub(super) fn padding(bits: RingBits, dimension: usize, bytes: &[u8]) -> u8 {
+    let used = dimension * bits.bits() as usize % 8;
+    if used == 0 { 0 } else { bytes.last().map_or(0, |last| last >> used) }
+}
+
+/// Hands each packed value to `take` with its lane. `bytes` has the packed length of `lanes`.
+#[inline(always)]
+pub(super) fn read(bits: RingBits, bytes: &[u8], lanes: &mut [u32], take: impl Fn(&mut u32, u32) + Copy) {
+    per_width!(bits, read_width, bytes, lanes, take);
+}
+
+/// Packs values, each below 2^b.
+pub(super) fn write(bits: RingBits, lanes: &[u32]) -> Vec<u8> {
+    per_width!(bits, write_width, lanes)
+}
+
+fn read_width<const B: usize>(bytes: &[u8], lanes: &mut [u32], take: impl Fn(&mut u32, u32) + Copy) {
+    if B == 32 {
+        let (words, _) = bytes.as_chunks::<4>();
+        lanes.iter_mut().zip(words).for_each(|(lane, word)| take(lane, u32::from_le_bytes(*word)));
+        return;
+    }
+    let (groups, rest) = lanes.as_chunks_mut::<GROUP>();
+    // A value is read as the eight bytes around it: the fast loop stops before that passes the end.
+    let fast = if bytes.len() < 40 { 0 } else { (bytes.len() - 40) / B + 1 }.min(groups.len());
+    let (fast_groups, slow_groups) = groups.split_at_mut(fast);
+    for (i, group) in fast_groups.iter_mut().enumerate() {
+        let window: &[u8; 40] = bytes[i * B..].first_chunk().expect("40 bytes are left");
+        for (k, lane) in group.iter_mut().enumerate() {
+            take(lane, value::<B>(window, k));
+        }
+    }
+    let slow = slow_groups.iter_mut().flatten().chain(rest);
+    for (lane, k) in slow.zip(0..) {
+        let mut window = [0; 40];
+        let from = fast * B + k / GROUP * B;
+        let left = &bytes[from..bytes.len().min(from + 40)];
+        window[..left.len()].copy_from_slice(left);
+        take(lane, value::<B>(&window, k % GROUP));
+    }
+}
+
+/// Value number `k` of the group that begins the window.
+#[inline(always)]
+fn value<const B: usize>(window: &[u8; 40], k: usize) -> u32 {
+    let (from, shift) = (k * B / 8, k * B % 8);
+    let word: [u8; 8] = window[from..from + 8].try_into().expect("the last value begins before byte 32");
+    low_bits::<B>(u64::from_le_bytes(word) >> shift)
+}
+
+fn write_width<const B: usize>(lanes: &[u32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity((lanes.len() * B).div_ceil(8) + 8);
+    let (mut buffer, mut held) = (0u64, 0);
+    for lane in lanes {
+        buffer |= u64::from(*lane) << held;
+        held += B;
+        if held >= 32 {
+            bytes.extend_from_slice(&low_bits::<32>(buffer).to_le_bytes());
+            buffer >>= 32;
+            held -= 32;
+        }
+    }
+    bytes.extend_from_slice(&buffer.to_le_bytes()[..held.div_ceil(8)]);
+    bytes
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "masked to at most 32 bits")]
+fn low_bits<const B: usize>(word: u64) -> u32 {
+    (word & (u64::MAX >> (64 - B))) as u32
+}

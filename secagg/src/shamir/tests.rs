@@ -1,0 +1,115 @@
+use super::*;
+use proptest::prelude::*;
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha20Rng;
+
+fn secret(rng: &mut ChaCha20Rng) -> [u8; SECRET_BYTES] {
+    std::array::from_fn(|_| rng.random())
+}
+
+fn places(pairs: &[SharePair]) -> Vec<(u8, &[u8; 32])> {
+    (1..).zip(pairs.iter().map(SharePair::self_mask)).collect()
+}
+
+/// Shares of 0x53 under 0x53 + 0xca x + 0x01 x^2, worked out by hand with FIPS 197's multiplication.
+#[test]
+fn known_shares() {
+    let values: Vec<[u8; 32]> = (1..=3u8).map(|x| [0x53 ^ multiply(0xca, x) ^ multiply(x, x); 32]).collect();
+    assert_eq!([values[0][0], values[1][0], values[2][0]], [0x98, 0xd8, 0x13]);
+    let shares: Vec<(u8, &[u8; 32])> = (1..).zip(&values).collect();
+    assert_eq!(*join(3, &shares).unwrap(), [0x53; 32]);
+}
+
+#[test]
+fn too_few_or_repeated_places_join_nothing() {
+    let mut rng = ChaCha20Rng::seed_from_u64(1);
+    let pairs = split(&secret(&mut rng), 3, 5, &mut rng);
+    let shares = places(&pairs);
+    assert_eq!(join(3, &shares[..2]).unwrap_err(), JoinError::TooFew { shares: 2, threshold: 3 });
+    let repeated = [shares[0], shares[0], shares[1]];
+    assert_eq!(join(3, &repeated).unwrap_err(), JoinError::TooFew { shares: 2, threshold: 3 });
+    let at_zero = [(0, shares[0].1), shares[0], shares[1]];
+    assert_eq!(join(3, &at_zero).unwrap_err(), JoinError::TooFew { shares: 2, threshold: 3 });
+}
+
+/// Of one secret, t - 1 shares are split again and again: each of their bytes takes every value alike, and
+/// so does each pair's exclusive or. Chi-square, 255 degrees of freedom; 330.5 at 0.1 %.
+#[test]
+fn fewer_than_the_threshold_look_uniform() {
+    let mut rng = ChaCha20Rng::seed_from_u64(7);
+    let secret = [0x42; SECRET_BYTES];
+    let mut counts = [[0f64; 256]; 4];
+    let repetitions = 400;
+    for _ in 0..repetitions {
+        let pairs = split(&secret, 4, 6, &mut rng);
+        for byte in 0..SECRET_BYTES {
+            let three = [0, 3, 5].map(|i| pairs[i].as_bytes()[byte]);
+            for (count, value) in counts.iter_mut().zip([three[0], three[1], three[2], three[0] ^ three[2]]) {
+                count[usize::from(value)] += 1.0;
+            }
+        }
+    }
+    for count in counts {
+        let expected = f64::from(repetitions) * SECRET_BYTES as f64 / 256.0;
+        let chi: f64 = count.iter().map(|c| (c - expected).powi(2) / expected).sum();
+        assert!(chi < 330.5, "chi-square {chi}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn any_threshold_of_shares_join(seed: u64, threshold in 1usize..40, spare in 0usize..40) {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let secret = secret(&mut rng);
+        let pairs = split(&secret, threshold, threshold + spare, &mut rng);
+        let mut shares = places(&pairs);
+        shares.shuffle(&mut rng);
+        prop_assert_eq!(&join(threshold, &shares).unwrap()[..], &secret[..32]);
+        let keys: Vec<(u8, &[u8; 32])> = (1..).zip(pairs.iter().map(SharePair::mask_key)).collect();
+        prop_assert_eq!(&join(threshold, &keys[spare..]).unwrap()[..], &secret[32..]);
+    }
+
+    #[test]
+    fn wrong_shares_are_survived_and_named(
+        seed: u64, threshold in 1usize..20, spare in 0usize..20, one_byte: bool,
+    ) {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let secret = secret(&mut rng);
+        let pairs = split(&secret, threshold, threshold + spare, &mut rng);
+        let mut values: Vec<(u8, [u8; 32])> = places(&pairs).into_iter().map(|(x, y)| (x, *y)).collect();
+        values.shuffle(&mut rng);
+        let mut bad: Vec<u8> = Vec::new();
+        for (place, value) in values.iter_mut().take(spare / 2) {
+            bad.push(*place);
+            let byte: usize = rng.random_range(0..32);
+            value[byte] ^= rng.random_range(1..=255u8);
+            if !one_byte {
+                *value = value.map(|byte| byte ^ rng.random::<u8>());
+                value[byte] = value[byte].wrapping_add(1);
+            }
+        }
+        bad.sort_unstable();
+        values.shuffle(&mut rng);
+        let shares: Vec<(u8, &[u8; 32])> = values.iter().map(|(x, y)| (*x, y)).collect();
+        let joined = join_checked(threshold, &shares, &|found| found[..] == secret[..32]).unwrap();
+        prop_assert_eq!(&joined.secret[..], &secret[..32]);
+        let mut named = joined.bad;
+        named.sort_unstable();
+        // A spoilt value may, once in 256 and more, have been spoilt into itself.
+        prop_assert!(named.iter().all(|place| bad.contains(place)));
+        prop_assert!(one_byte.then(|| named == bad).unwrap_or(true));
+    }
+}
+
+#[test]
+fn more_wrong_shares_than_can_be_told_are_an_error() {
+    let mut rng = ChaCha20Rng::seed_from_u64(3);
+    let secret = secret(&mut rng);
+    let pairs = split(&secret, 5, 9, &mut rng);
+    let mut values: Vec<(u8, [u8; 32])> = places(&pairs).into_iter().map(|(x, y)| (x, *y)).collect();
+    values.iter_mut().take(5).for_each(|(_, value)| value[0] ^= 1);
+    let shares: Vec<(u8, &[u8; 32])> = values.iter().map(|(x, y)| (*x, y)).collect();
+    let error = join_checked(5, &shares, &|found| found[..] == secret[..32]).err();
+    assert_eq!(error, Some(JoinError::Wrong { shares: 9, threshold: 5 }));
+}

@@ -1,0 +1,1 @@
+//! A coordinator or peers that lie, against the real device and the real coordinator.
