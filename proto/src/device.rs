@@ -6,10 +6,14 @@
 
 mod action;
 mod floors;
+mod kept;
+mod secure;
 mod session;
+mod upload;
 
 pub use action::{Action, InstallOrder, Request, Response, TrainOrder, TrainingFailure};
 pub use floors::{DeviceFloors, FloorError};
+pub use kept::{DamagedRecord, DeviceRecord};
 
 use crate::{
     digest::Digest,
@@ -23,12 +27,16 @@ use crate::{
     time::UnixMillis,
     wire::{self, TaskResult},
 };
+use fleetune_secagg::{DevicePolicy, Identity, Registrars};
+use kept::RevealedRounds;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha20Rng;
+use secure::Surroundings;
 use session::{Session, Step};
+use std::sync::Arc;
 
 /// What a device is set up with.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct DeviceSetup {
     /// Population it belongs to.
     pub population: Name,
@@ -42,6 +50,10 @@ pub struct DeviceSetup {
     pub release_version: u64,
     /// Highest release version ever accepted: nothing below it is installed again (rollback attack).
     pub release_version_max: u64,
+    /// Its certified identity; without one it takes no part in secure aggregation.
+    pub identity: Option<Arc<Identity>>,
+    /// Who certifies its peers.
+    pub registrars: Registrars,
 }
 
 /// What happened, for logs and progress. Holds nothing derived from private data.
@@ -105,6 +117,10 @@ pub struct Device {
     policies_in_a_row: u32,
     return_at: UnixMillis,
     release: Option<ReleaseManifest>,
+    revealed: RevealedRounds,
+    /// Step of secure aggregation that is on disk; 0 for no session.
+    saved_step: u32,
+    saving: bool,
     events: Vec<Event>,
 }
 
@@ -124,8 +140,32 @@ impl Device {
             policies_in_a_row: 0,
             return_at: now,
             release: None,
+            revealed: RevealedRounds::default(),
+            saved_step: 0,
+            saving: false,
             events: Vec::new(),
         }
+    }
+
+    /// A device that goes on from what it kept: a session in the middle of secure aggregation sends its last
+    /// message again, byte for byte.
+    ///
+    /// # Errors
+    /// [`DamagedRecord`]; nothing of it may be forgotten silently.
+    pub fn restore(
+        setup: DeviceSetup,
+        seed: [u8; 32],
+        record: &DeviceRecord,
+        now: UnixMillis,
+    ) -> Result<Self, DamagedRecord> {
+        let mut device = Self::new(setup, seed, now);
+        let (revealed, session) = record.read()?;
+        device.revealed = revealed;
+        if let Some(session) = session {
+            device.saved_step = session.secure_step();
+            device.state = State::InSession(session);
+        }
+        Ok(device)
     }
 
     /// What to do now; none while an action is out or before [`Device::poll_timeout`].
@@ -141,6 +181,10 @@ impl Device {
             self.wake();
         }
         self.in_flight = true;
+        if let Some(record) = self.unsaved_record() {
+            self.saving = true;
+            return Some(Action::Keep(record));
+        }
         Some(self.current_action())
     }
 
@@ -169,6 +213,25 @@ impl Device {
     /// True between check-ins, with nothing under way.
     pub fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle(_))
+    }
+
+    /// Answers [`Action::Keep`]: the record is on disk.
+    pub fn handle_kept(&mut self, _now: UnixMillis) {
+        (self.in_flight, self.saving) = (false, false);
+        self.saved_step = self.secure_step();
+    }
+
+    /// Answers [`Action::Keep`] that failed: what is not on disk must not leave, so the session ends here.
+    pub fn handle_keep_failed(&mut self, reason: &str, now: UnixMillis) {
+        (self.in_flight, self.saving) = (false, false);
+        let reason = format!("the session's record could not be kept: {reason}");
+        if matches!(self.state, State::InSession(_)) {
+            self.withdraw(TaskResult::Interrupted, &reason, now);
+        } else {
+            self.events.push(Event::Retrying(reason));
+        }
+        // An old record on disk is harmless: it repeats what was sent before.
+        self.saved_step = self.secure_step();
     }
 
     /// Answers [`Action::Choose`]: the tasks the app takes part in now, none of them included.
@@ -233,7 +296,7 @@ impl Device {
     pub fn handle_trained(&mut self, delta: Vec<f32>, now: UnixMillis) {
         self.in_flight = false;
         let State::InSession(session) = &mut self.state else { return };
-        if let Err(reason) = session.trained(delta) {
+        if let Err(reason) = session.trained(delta, &self.setup, &mut self.rng) {
             self.withdraw(TaskResult::TrainingFailed, &reason, now);
         }
     }
@@ -270,6 +333,23 @@ impl Device {
         } else {
             self.rest(now);
         }
+    }
+
+    fn secure_step(&self) -> u32 {
+        if let State::InSession(session) = &self.state { session.secure_step() } else { 0 }
+    }
+
+    /// Write-ahead: a message of secure aggregation leaves only once it is on disk, and a session that is
+    /// over is taken off it.
+    fn unsaved_record(&mut self) -> Option<DeviceRecord> {
+        let session = if let State::InSession(session) = &self.state { Some(&**session) } else { None };
+        if self.secure_step() == self.saved_step {
+            return None;
+        }
+        if let Some((plan, round)) = session.and_then(Session::revealing) {
+            self.revealed.insert(plan, round);
+        }
+        Some(DeviceRecord::write(&self.revealed, session))
     }
 
     fn current_action(&self) -> Action {
@@ -386,6 +466,14 @@ impl Device {
     ) -> State {
         let token = assignment.session_token.clone();
         match Session::accept(assignment, named, &self.setup, now) {
+            // Of two sums over one round that differ by one device, the difference is that device's update.
+            Ok(session)
+                if session.is_secure() && self.revealed.contains(&session.plan_sha256(), session.round()) =>
+            {
+                let refusal = format!("round {}: this device has revealed shares for it", session.round());
+                self.events.push(Event::Refused(refusal));
+                report_task(token, TaskResult::AlreadyRevealed)
+            }
             Ok(session) => {
                 let (task, round) = (session.task().clone(), session.round());
                 self.events.push(Event::Selected { task, round });
@@ -415,7 +503,14 @@ impl Device {
     }
 
     fn handle_session_response(&mut self, mut session: Box<Session>, response: Response, now: UnixMillis) {
-        match session.response(response) {
+        let policy = self.secure_policy();
+        let mut around = Surroundings {
+            policy: &policy,
+            identity: self.setup.identity.as_deref(),
+            rng: &mut self.rng,
+            now,
+        };
+        match session.response(response, &mut around) {
             Step::Continue { not_before_ms } => {
                 self.not_before = now.plus(not_before_ms.min(RETRY_DELAY_MS_MAX));
                 self.state = State::InSession(session);
@@ -429,6 +524,18 @@ impl Device {
                 self.events.push(Event::Ended(reason));
                 self.rest(now);
             }
+            Step::Refused(reason) => {
+                self.events.push(Event::Refused(reason));
+                self.state = report_task(session.token(), TaskResult::AggregationRefused);
+            }
+        }
+    }
+
+    fn secure_policy(&self) -> DevicePolicy {
+        DevicePolicy {
+            population: self.setup.population.as_str().to_owned(),
+            registrars: self.setup.registrars.clone(),
+            floors: self.setup.floors.secure_floors(),
         }
     }
 

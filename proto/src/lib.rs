@@ -20,6 +20,7 @@ mod time;
 
 pub mod device;
 pub mod round;
+pub mod secure;
 pub mod transfer;
 
 pub use digest::Digest;
@@ -27,7 +28,7 @@ pub use error::WireError;
 pub use limits::*;
 pub use manifest::ReleaseManifest;
 pub use name::Name;
-pub use plan::{AdapterPlan, AggregationPlan, Optimizer, TaskPlan, TrainingPlan};
+pub use plan::{AdapterPlan, AggregationPlan, Optimizer, SecurePlan, TaskPlan, TrainingPlan};
 pub use policy::{PopulationPolicy, TaskOffer};
 pub use rpc::{CallFailure, FailureKind, Reaction};
 pub use session::SessionToken;

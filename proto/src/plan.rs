@@ -9,7 +9,7 @@ use crate::{
     wire::{self, AggregationProtocol},
 };
 use fleetune_privacy::{ClippingNorm, FixedPoint};
-use fleetune_secagg::RingBits;
+use fleetune_secagg::{Assumptions, MEMBERS_MAX, MaskSuite, RingBits};
 use prost::Message;
 
 /// Everything a device does for a task, the same for every device and round.
@@ -107,6 +107,19 @@ pub struct AggregationPlan {
     pub summands_max: u32,
     /// Fewest contributions in any sum that the coordinator uses.
     pub summands_min: u32,
+    /// Of the `SecaggPlus` protocol; absent under `InsecurePlaintext`.
+    pub secure: Option<SecurePlan>,
+}
+
+/// What degree, threshold and masks of secure aggregation follow from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SecurePlan {
+    /// Cipher that expands masks.
+    pub mask_suite: MaskSuite,
+    /// Most devices of a cohort; larger rounds are split.
+    pub cohort_max: u32,
+    /// What is assumed of the devices.
+    pub assumptions: Assumptions,
 }
 
 impl TrainingPlan {
@@ -209,6 +222,24 @@ impl AggregationPlan {
             ring_bits: self.ring_bits.bits(),
             summands_max: self.summands_max,
             summands_min: self.summands_min,
+            secure: self.secure.map(SecurePlan::to_wire),
+        }
+    }
+}
+
+impl SecurePlan {
+    fn to_wire(self) -> wire::SecureAggregationPlan {
+        let suite = match self.mask_suite {
+            MaskSuite::Aes128Ctr => wire::MaskSuite::Aes128Ctr,
+            MaskSuite::ChaCha20 => wire::MaskSuite::Chacha20,
+        };
+        wire::SecureAggregationPlan {
+            mask_suite: suite.into(),
+            cohort_max: self.cohort_max,
+            corrupted_permille: self.assumptions.corrupted_permille,
+            dropout_permille: self.assumptions.dropout_permille,
+            sigma: self.assumptions.sigma,
+            eta: self.assumptions.eta,
         }
     }
 }
@@ -270,22 +301,47 @@ fn parse_optimizer(wire: wire::training_plan::Optimizer) -> Result<Optimizer, Wi
 fn parse_aggregation(wire: &wire::AggregationPlan) -> Result<AggregationPlan, WireError> {
     let invalid = |field, error: &dyn std::fmt::Display| WireError::invalid(field, error.to_string());
     let summands_max = within("plan.aggregation.summands_max", wire.summands_max, 1..=COHORT_MAX)?;
+    let protocol = parse_protocol("plan.aggregation.protocol", wire.protocol)?;
     let plan = AggregationPlan {
-        protocol: parse_protocol("plan.aggregation.protocol", wire.protocol)?,
+        protocol,
         clipping_norm: ClippingNorm::new(wire.clipping_norm)
             .map_err(|e| invalid("plan.aggregation.clipping_norm", &e))?,
         ring_bits: RingBits::new(wire.ring_bits).map_err(|e| invalid("plan.aggregation.ring_bits", &e))?,
         summands_max,
         summands_min: within("plan.aggregation.summands_min", wire.summands_min, 1..=summands_max)?,
+        secure: match protocol {
+            AggregationProtocol::SecaggPlus => {
+                Some(parse_secure(&required("plan.aggregation.secure", wire.secure)?)?)
+            }
+            AggregationProtocol::InsecurePlaintext | AggregationProtocol::Unspecified => None,
+        },
     };
     FixedPoint::new(plan.clipping_norm, plan.ring_bits.bits(), summands_max)
         .map_err(|e| invalid("plan.aggregation.ring_bits", &e))?;
     Ok(plan)
 }
 
+fn parse_secure(wire: &wire::SecureAggregationPlan) -> Result<SecurePlan, WireError> {
+    let mask_suite = match wire::MaskSuite::try_from(wire.mask_suite) {
+        Ok(wire::MaskSuite::Aes128Ctr) => MaskSuite::Aes128Ctr,
+        Ok(wire::MaskSuite::Chacha20) => MaskSuite::ChaCha20,
+        Ok(wire::MaskSuite::Unspecified) | Err(_) => {
+            let problem = format!("unknown suite {}", wire.mask_suite);
+            return Err(WireError::invalid("plan.aggregation.secure.mask_suite", problem));
+        }
+    };
+    let members_max = u32::try_from(MEMBERS_MAX).unwrap_or(u32::MAX);
+    let assumptions = Assumptions::new(wire.corrupted_permille, wire.dropout_permille, wire.sigma, wire.eta)
+        .map_err(|e| WireError::invalid("plan.aggregation.secure", e.to_string()))?;
+    let cohort_max = within("plan.aggregation.secure.cohort_max", wire.cohort_max, 2..=members_max)?;
+    Ok(SecurePlan { mask_suite, cohort_max, assumptions })
+}
+
 pub(crate) fn parse_protocol(field: &'static str, value: i32) -> Result<AggregationProtocol, WireError> {
     match AggregationProtocol::try_from(value) {
-        Ok(protocol @ AggregationProtocol::InsecurePlaintext) => Ok(protocol),
+        Ok(protocol @ (AggregationProtocol::InsecurePlaintext | AggregationProtocol::SecaggPlus)) => {
+            Ok(protocol)
+        }
         Ok(AggregationProtocol::Unspecified) | Err(_) => {
             Err(WireError::invalid(field, format!("unknown aggregation protocol {value}")))
         }
@@ -334,15 +390,45 @@ pub(crate) mod tests {
                 ring_bits: RingBits::new(32).unwrap(),
                 summands_max: 16,
                 summands_min: 2,
+                secure: None,
             },
             rounds: 3,
             expires: UnixMillis(1_000_000),
         }
     }
 
+    /// The same plan under secure aggregation.
+    pub(crate) fn secure_plan() -> TaskPlan {
+        let assumptions = Assumptions::new(100, 200, 40, 20).unwrap();
+        let secure = SecurePlan { mask_suite: MaskSuite::Aes128Ctr, cohort_max: 100, assumptions };
+        let mut plan = plan();
+        plan.aggregation.protocol = AggregationProtocol::SecaggPlus;
+        plan.aggregation.secure = Some(secure);
+        plan
+    }
+
     #[test]
     fn parse_inverts_to_bytes() {
-        assert_eq!(TaskPlan::parse(&plan().to_bytes()).unwrap(), plan());
+        for plan in [plan(), secure_plan()] {
+            assert_eq!(TaskPlan::parse(&plan.to_bytes()).unwrap(), plan);
+        }
+    }
+
+    #[test]
+    fn a_secure_plan_needs_its_assumptions() {
+        let check = |spoil: &dyn Fn(&mut wire::SecureAggregationPlan), expected: &str| {
+            let mut wire: wire::TaskPlan = Message::decode(&*secure_plan().to_bytes()).unwrap();
+            spoil(wire.aggregation.as_mut().unwrap().secure.as_mut().unwrap());
+            let error = TaskPlan::parse(&wire.encode_to_vec()).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        };
+        check(&|p| p.mask_suite = 0, "plan.aggregation.secure.mask_suite: unknown suite 0");
+        check(&|p| p.cohort_max = 1, "plan.aggregation.secure.cohort_max: 1");
+        check(&|p| p.corrupted_permille = 700, "plan.aggregation.secure: ");
+        let mut bare = secure_plan();
+        bare.aggregation.secure = None;
+        let error = TaskPlan::parse(&bare.to_bytes()).unwrap_err().to_string();
+        assert_eq!(error, "plan.aggregation.secure: missing");
     }
 
     #[test]

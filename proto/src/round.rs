@@ -1,13 +1,22 @@
 //! One attempt at one round, as a value: who joined, who contributed, and the running sum.
 //!
-//! The phases go selecting -> collecting -> finished or failed. Secure aggregation's steps take
-//! their place between selecting and collecting, and between collecting and finished; the
-//! plaintext protocol needs neither, so its contributions may arrive while others still join.
-//! The caller maps sessions to [`Participant`]s, moves the bytes, and calls
-//! [`Round::handle_timeout`] at [`Round::poll_timeout`].
+//! The phases go selecting -> collecting -> (aggregating ->) finished or failed. What is collected are
+//! updates under the plaintext protocol, and keys under secure aggregation: a device advertises once it
+//! has trained, so a cohort is made of devices that are there. Aggregating takes the cohorts through the
+//! other four steps. Both may be collected while others still join. The caller maps sessions to
+//! [`Participant`]s, moves the bytes, and calls [`Round::handle_timeout`] at [`Round::poll_timeout`].
+
+mod secure;
+
+pub use secure::{Answer, CohortSummary, SecureError, SecureSetup};
 
 use crate::{digest::Digest, name::Name, plan::AggregationPlan, time::UnixMillis};
-use fleetune_secagg::{RingError, RingVector, RunningSum};
+use fleetune_secagg::{
+    Advertisement, Confirmation, DeviceId, OpenError, Opened, Opening, Reveal, RingError, RingVector,
+    RosterView, RunningSum, SealedShare, ShareBundle, SurvivorSet,
+};
+use secure::SecureAggregate;
+use std::collections::BTreeSet;
 use thiserror::Error;
 
 /// Which attempt at which round of which task.
@@ -32,8 +41,10 @@ pub struct RoundPolicy {
     pub reports_min: u32,
     /// Time devices may join.
     pub selection_ms: u64,
-    /// Time from the first join until the last contribution.
+    /// Time from the first join until the last contribution; under secure aggregation, the last keys.
     pub report_ms: u64,
+    /// Time of each of the four steps of secure aggregation that follow.
+    pub step_ms: u64,
 }
 
 /// A device's place in one round, meaningless outside it.
@@ -47,6 +58,8 @@ pub enum Phase {
     Selecting,
     /// Contributions are awaited; nobody joins any more.
     Collecting,
+    /// The cohorts aggregate securely.
+    Aggregating,
     /// The sum is there.
     Finished,
     /// There is no sum and none will come.
@@ -69,6 +82,14 @@ pub enum RoundFailure {
     Reports {
         /// Contributions that arrived.
         contributed: u32,
+        /// Contributions needed.
+        needed: u32,
+    },
+    /// Secure aggregation gave too little.
+    #[error("secure aggregation gave a sum of {summed} contributions, {needed} needed")]
+    Aggregation {
+        /// Contributions in the sums that opened.
+        summed: u32,
         /// Contributions needed.
         needed: u32,
     },
@@ -115,7 +136,6 @@ enum Progress {
 }
 
 /// One attempt at one round.
-#[derive(Debug)]
 pub struct Round {
     id: RoundId,
     policy: RoundPolicy,
@@ -124,15 +144,19 @@ pub struct Round {
     first_join: Option<UnixMillis>,
     participants: Vec<Progress>,
     sum: RunningSum,
+    secure: Option<SecureAggregate>,
+    trouble: Option<String>,
 }
 
 impl Round {
-    /// Opens an attempt; `dimension` is the adapter's length.
+    /// Opens an attempt; `dimension` is the adapter's length. With `secure` it collects keys, without it
+    /// plain updates.
     pub fn open(
         id: RoundId,
         policy: RoundPolicy,
         plan: &AggregationPlan,
         dimension: usize,
+        secure: Option<SecureSetup>,
         now: UnixMillis,
     ) -> Self {
         assert!(policy.selected_max >= policy.report_goal, "a round selects at least its goal");
@@ -148,6 +172,8 @@ impl Round {
             first_join: None,
             participants: Vec::new(),
             sum,
+            secure: secure.map(SecureAggregate::new),
+            trouble: None,
         }
     }
 
@@ -182,12 +208,13 @@ impl Round {
             };
         }
         self.handle_timeout(now);
-        if self.is_over() {
+        // A plain update has no place in a sum of masked ones.
+        if self.is_over() || self.secure.is_some() {
             return Ok(Contribution::TooLate);
         }
         self.sum.add(vector)?;
         self.participants[participant.0 as usize] = Progress::Contributed(digest);
-        self.settle();
+        self.settle(now);
         Ok(Contribution::Added)
     }
 
@@ -198,16 +225,117 @@ impl Round {
         if *progress == Progress::Joined {
             *progress = Progress::Withdrawn;
         }
-        self.settle();
+        if let Some(secure) = &mut self.secure {
+            secure.withdraw(participant);
+            secure.advance(now);
+        }
+        self.settle(now);
+    }
+
+    /// Secure aggregation, step 0: a device has trained and publishes its keys. `digest` names the bytes.
+    ///
+    /// # Errors
+    /// [`SecureError`]; nothing has changed. The same holds for the other steps.
+    pub fn handle_advertisement(
+        &mut self,
+        participant: Participant,
+        digest: Digest,
+        advertisement: Advertisement,
+        now: UnixMillis,
+    ) -> Result<Answer<RosterView>, SecureError> {
+        self.handle_timeout(now);
+        let until = self.report_deadline().unwrap_or(now);
+        let is_failed = matches!(self.phase, Phase::Failed(_));
+        let secure = self.secure.as_mut().ok_or(SecureError::NotSecure)?;
+        if is_failed {
+            return Ok(Answer::Failed);
+        }
+        secure.advertise(participant, digest, advertisement, now)?;
+        self.settle(now);
+        Ok(self.secure.as_ref().map_or(Answer::Failed, |secure| secure.roster(participant, now, until)))
+    }
+
+    /// Step 1: a device's sealed shares.
+    pub fn handle_shares(
+        &mut self,
+        participant: Participant,
+        bundle: ShareBundle,
+        now: UnixMillis,
+    ) -> Result<Answer<Vec<SealedShare>>, SecureError> {
+        self.step(now, |secure| secure.shares(participant, bundle, now))
+    }
+
+    /// Step 2 again: the answer to a masked vector that is in the sum already, none if it is not.
+    pub fn masked_before(
+        &mut self,
+        participant: Participant,
+        digest: Digest,
+        now: UnixMillis,
+    ) -> Result<Option<Answer<SurvivorSet>>, SecureError> {
+        self.step(now, |secure| secure.masked_before(participant, digest, now))
+    }
+
+    /// Step 2: a device's masked vector, packed. It is in the sum afterwards and nowhere else.
+    pub fn handle_masked(
+        &mut self,
+        participant: Participant,
+        digest: Digest,
+        packed: &[u8],
+        now: UnixMillis,
+    ) -> Result<Answer<SurvivorSet>, SecureError> {
+        self.step(now, |secure| secure.masked(participant, digest, packed, now))
+    }
+
+    /// Step 3: a device's signature under the survivors.
+    pub fn handle_confirmation(
+        &mut self,
+        participant: Participant,
+        confirmation: Confirmation,
+        now: UnixMillis,
+    ) -> Result<Answer<Vec<Confirmation>>, SecureError> {
+        self.step(now, |secure| secure.confirmation(participant, confirmation, now))
+    }
+
+    /// Step 4: the shares that a device reveals. Ready means that its part is done.
+    pub fn handle_reveal(
+        &mut self,
+        participant: Participant,
+        reveal: Reveal,
+        now: UnixMillis,
+    ) -> Result<Answer<()>, SecureError> {
+        self.step(now, |secure| secure.reveal(participant, reveal, now))
+    }
+
+    /// The next sum to open: a long computation, to be run anywhere and answered with
+    /// [`Round::handle_opened`]. Each is given out once.
+    pub fn poll_opening(&mut self) -> Option<(u32, Opening)> {
+        self.secure.as_mut()?.poll_opening()
+    }
+
+    /// A cohort's sum is opened, or cannot be.
+    pub fn handle_opened(&mut self, cohort: u32, result: Result<Opened, OpenError>, now: UnixMillis) {
+        let opened = self.secure.as_mut().and_then(|secure| secure.opened(cohort, result));
+        if let Some(opened) = opened {
+            self.sum.add_sum(&opened.sum, opened.survivors).expect("a cohort's sum is of this round's terms");
+        }
+        self.handle_timeout(now);
+        self.settle(now);
     }
 
     /// Lets deadlines take effect.
     pub fn handle_timeout(&mut self, now: UnixMillis) {
         if self.phase == Phase::Selecting && now >= self.selection_deadline() {
-            self.close_selection();
+            self.close_selection(now);
         }
-        if !self.is_over() && self.report_deadline().is_some_and(|deadline| now >= deadline) {
-            self.close_reports();
+        let collecting = matches!(self.phase, Phase::Selecting | Phase::Collecting);
+        if collecting && self.report_deadline().is_some_and(|deadline| now >= deadline) {
+            self.close_reports(now);
+        }
+        if self.phase == Phase::Aggregating {
+            if let Some(secure) = &mut self.secure {
+                secure.advance(now);
+            }
+            self.settle(now);
         }
     }
 
@@ -220,6 +348,9 @@ impl Round {
                 Some(report.filter(|report| report.0 < selection.0).unwrap_or(selection))
             }
             Phase::Collecting => self.report_deadline().map(|at| (at, "report deadline")),
+            Phase::Aggregating => {
+                self.secure.as_ref().and_then(SecureAggregate::poll_timeout).map(|at| (at, "step deadline"))
+            }
             Phase::Finished | Phase::Failed(_) => None,
         }
     }
@@ -237,6 +368,34 @@ impl Round {
     /// When contributions end, once a device has joined.
     pub fn report_deadline(&self) -> Option<UnixMillis> {
         self.first_join.map(|first| first.plus(self.policy.report_ms))
+    }
+
+    /// When nothing more can come of a session, once a device has joined.
+    pub fn session_deadline(&self) -> Option<UnixMillis> {
+        let steps_ms = if self.secure.is_some() { 4 * self.policy.step_ms } else { 0 };
+        self.report_deadline().map(|deadline| deadline.plus(steps_ms))
+    }
+
+    /// The cohorts, once there are any.
+    pub fn cohorts(&self) -> Vec<CohortSummary> {
+        self.secure.as_ref().map(SecureAggregate::summaries).unwrap_or_default()
+    }
+
+    /// Why a round failed or lost cohorts, in words; empty if nothing went wrong.
+    pub fn troubles(&self) -> Vec<String> {
+        let failed = self.cohorts().into_iter().filter_map(|cohort| cohort.outcome.err());
+        self.trouble.iter().cloned().chain(failed).collect()
+    }
+
+    /// Devices whose shares made a cohort fail.
+    pub fn blamed(&self) -> BTreeSet<DeviceId> {
+        self.secure.as_ref().map(|secure| secure.blamed().clone()).unwrap_or_default()
+    }
+
+    /// True if devices may have revealed shares. They will not do so again for this round, so it cannot be
+    /// tried again under its number.
+    pub fn has_revealed(&self) -> bool {
+        self.secure.as_ref().is_some_and(SecureAggregate::has_revealed)
     }
 
     /// The numbers so far.
@@ -273,36 +432,80 @@ impl Round {
         self.opened.plus(self.policy.selection_ms)
     }
 
-    fn close_selection(&mut self) {
+    /// Devices whose update or keys are in.
+    fn collected(&self) -> u32 {
+        self.secure.as_ref().map_or(self.sum.contributions(), SecureAggregate::advertised)
+    }
+
+    fn step<T>(
+        &mut self,
+        now: UnixMillis,
+        take: impl FnOnce(&mut SecureAggregate) -> Result<T, SecureError>,
+    ) -> Result<T, SecureError> {
+        self.handle_timeout(now);
+        let taken = take(self.secure.as_mut().ok_or(SecureError::NotSecure)?);
+        self.settle(now);
+        taken
+    }
+
+    fn close_selection(&mut self, now: UnixMillis) {
         let (joined, needed) = (self.selected(), self.policy.reports_min);
         self.phase = if joined >= needed {
             Phase::Collecting
         } else {
             Phase::Failed(RoundFailure::Selection { joined, needed })
         };
-        self.settle();
+        self.settle(now);
     }
 
-    fn close_reports(&mut self) {
-        let (contributed, needed) = (self.sum.contributions(), self.policy.reports_min);
-        self.phase = if contributed >= needed {
-            Phase::Finished
-        } else {
+    fn close_reports(&mut self, now: UnixMillis) {
+        let (contributed, needed) = (self.collected(), self.policy.reports_min);
+        self.phase = if contributed < needed {
             Phase::Failed(RoundFailure::Reports { contributed, needed })
+        } else if let Some(secure) = &mut self.secure {
+            match secure.freeze(now) {
+                Ok(()) => Phase::Aggregating,
+                Err(reason) => {
+                    self.trouble = Some(reason);
+                    Phase::Failed(RoundFailure::Aggregation { summed: 0, needed })
+                }
+            }
+        } else {
+            Phase::Finished
         };
     }
 
-    /// Ends the round when nothing more can change: the goal is met, or nobody is awaited.
-    fn settle(&mut self) {
+    /// Ends the phase when nothing more can change: the goal is met, or nobody is awaited.
+    fn settle(&mut self, now: UnixMillis) {
+        if self.phase == Phase::Aggregating {
+            return self.settle_cohorts();
+        }
         if self.is_over() {
             return;
         }
-        let awaited = self.participants.contains(&Progress::Joined);
-        if self.sum.contributions() >= self.policy.report_goal {
-            self.phase = Phase::Finished;
-        } else if self.phase == Phase::Collecting && !awaited {
-            self.close_reports();
+        let reached = self.collected() >= self.policy.report_goal;
+        if reached || (self.phase == Phase::Collecting && !self.is_awaiting()) {
+            self.close_reports(now);
         }
+    }
+
+    fn settle_cohorts(&mut self) {
+        if self.secure.as_ref().is_some_and(SecureAggregate::is_over) {
+            let (summed, needed) = (self.sum.contributions(), self.policy.reports_min);
+            self.phase = if summed >= needed {
+                Phase::Finished
+            } else {
+                Phase::Failed(RoundFailure::Aggregation { summed, needed })
+            };
+        }
+    }
+
+    fn is_awaiting(&self) -> bool {
+        let has_advertised = |participant| {
+            self.secure.as_ref().is_some_and(|secure| secure.has_advertised(Participant(participant)))
+        };
+        let mut places = (0..).zip(&self.participants);
+        places.any(|(place, progress)| *progress == Progress::Joined && !has_advertised(place))
     }
 }
 
@@ -312,12 +515,18 @@ mod tests {
     use crate::plan::tests::plan;
     use fleetune_secagg::RingBits;
 
-    const POLICY: RoundPolicy =
-        RoundPolicy { report_goal: 3, selected_max: 4, reports_min: 2, selection_ms: 100, report_ms: 1000 };
+    const POLICY: RoundPolicy = RoundPolicy {
+        report_goal: 3,
+        selected_max: 4,
+        reports_min: 2,
+        selection_ms: 100,
+        report_ms: 1000,
+        step_ms: 50,
+    };
 
     fn round() -> Round {
         let id = RoundId { task: Name::parse("t", "lora").unwrap(), round: 0, attempt: 0 };
-        Round::open(id, POLICY, &plan().aggregation, 2, UnixMillis(0))
+        Round::open(id, POLICY, &plan().aggregation, 2, None, UnixMillis(0))
     }
 
     fn vector(value: i32) -> RingVector {

@@ -17,3 +17,10 @@ include!(concat!(env!("OUT_DIR"), "/fleetune.v1.rs"));
 
 /// The compiled schema with its annotations, as a serialized `FileDescriptorSet`.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Shares are secret until the coordinator holds them: they do not reach a log.
+impl std::fmt::Debug for RevealedShare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RevealedShare").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}

@@ -1,5 +1,6 @@
 //! What the device machine asks of its shell, and what the shell answers.
 
+use super::kept::DeviceRecord;
 use crate::{
     digest::Digest,
     manifest::ReleaseManifest,
@@ -20,6 +21,8 @@ pub enum Action {
     Fetch(Digest),
     /// Train: `handle_trained` or `handle_training_failed`.
     Train(Box<TrainOrder>),
+    /// Put this on disk in place of what was kept before, durably: `handle_kept` or `handle_keep_failed`.
+    Keep(DeviceRecord),
     /// Switch to this release, whose blobs are held: `handle_installed` or `handle_install_failed`.
     Install(Box<InstallOrder>),
 }
@@ -35,6 +38,16 @@ pub enum Request {
     WriteBlobChunk(wire::WriteBlobChunkRequest),
     /// AggregationService.SubmitUpdate.
     SubmitUpdate(wire::SubmitUpdateRequest),
+    /// AggregationService.AdvertiseKeys.
+    AdvertiseKeys(wire::AdvertiseKeysRequest),
+    /// AggregationService.ShareKeys.
+    ShareKeys(wire::ShareKeysRequest),
+    /// AggregationService.SubmitMaskedUpdate.
+    SubmitMaskedUpdate(wire::SubmitMaskedUpdateRequest),
+    /// AggregationService.ConfirmSurvivors.
+    ConfirmSurvivors(wire::ConfirmSurvivorsRequest),
+    /// AggregationService.RevealShares.
+    RevealShares(wire::RevealSharesRequest),
     /// ReleaseService.ReportRelease.
     ReportRelease(wire::ReportReleaseRequest),
 }
@@ -50,6 +63,16 @@ pub enum Response {
     WriteBlobChunk(wire::WriteBlobChunkResponse),
     /// To [`Request::SubmitUpdate`].
     SubmitUpdate(wire::SubmitUpdateResponse),
+    /// To [`Request::AdvertiseKeys`].
+    AdvertiseKeys(wire::AdvertiseKeysResponse),
+    /// To [`Request::ShareKeys`].
+    ShareKeys(wire::ShareKeysResponse),
+    /// To [`Request::SubmitMaskedUpdate`].
+    SubmitMaskedUpdate(wire::SubmitMaskedUpdateResponse),
+    /// To [`Request::ConfirmSurvivors`].
+    ConfirmSurvivors(wire::ConfirmSurvivorsResponse),
+    /// To [`Request::RevealShares`].
+    RevealShares(wire::RevealSharesResponse),
     /// To [`Request::ReportRelease`].
     ReportRelease,
 }

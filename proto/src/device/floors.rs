@@ -1,13 +1,14 @@
 //! What a device never goes below, whatever a signed plan says.
 
 use crate::{digest::Digest, plan::TaskPlan, wire::AggregationProtocol};
+use fleetune_secagg::Floors;
 use thiserror::Error;
 
 /// The device's own bounds. A coordinator that signs a worse plan gets no update.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeviceFloors {
-    /// Aggregation protocols that its owner allows. Empty by default: the plaintext protocol must be
-    /// allowed by name.
+    /// Aggregation protocols that its owner allows. Secure aggregation by default: the plaintext protocol
+    /// must be allowed by name.
     pub protocols: Vec<AggregationProtocol>,
     /// Fewest contributions in any sum.
     pub summands_min: u32,
@@ -17,16 +18,19 @@ pub struct DeviceFloors {
     pub base_model_bytes_max: u64,
     /// Most optimizer steps a round.
     pub steps_max: u32,
+    /// Cohort, threshold and survivors of secure aggregation.
+    pub secure: Floors,
 }
 
 impl Default for DeviceFloors {
     fn default() -> Self {
         Self {
-            protocols: Vec::new(),
+            protocols: vec![AggregationProtocol::SecaggPlus],
             summands_min: 2,
             clipping_norm_max: 100.0,
             base_model_bytes_max: 1 << 30,
             steps_max: 1000,
+            secure: Floors::default(),
         }
     }
 }
@@ -72,6 +76,11 @@ pub enum FloorError {
 }
 
 impl DeviceFloors {
+    /// The floors of secure aggregation, whose survivors are the summands.
+    pub(super) fn secure_floors(&self) -> Floors {
+        Floors { survivors_min: self.secure.survivors_min.max(self.summands_min), ..self.secure }
+    }
+
     /// Holds a plan against the floors.
     pub fn check(&self, plan: &TaskPlan) -> Result<(), FloorError> {
         let (aggregation, steps) = (&plan.aggregation, plan.training.steps);

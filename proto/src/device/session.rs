@@ -1,39 +1,53 @@
-//! One session of the device: fetch, train, upload, submit.
+//! One session of the device: fetch, train, then contribute, in the clear (upload, submit) or by the steps
+//! of secure aggregation (`secure.rs`).
 
-use super::{Action, DeviceSetup, Request, Response, TrainOrder, inline};
+use super::{
+    Action, DeviceSetup, Request, Response, TrainOrder, inline,
+    kept::KeptSession,
+    secure::{SecureStage, Surroundings},
+    upload::Upload,
+};
 use crate::{
     digest::Digest,
     error::within,
-    limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, INLINE_BYTES_MAX, RETRY_DELAY_MS_MAX, ROUNDS_MAX},
+    limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, RETRY_DELAY_MS_MAX, ROUNDS_MAX},
     name::Name,
     plan::TaskPlan,
+    secure::parse_nonce,
     sign::Purpose,
     time::UnixMillis,
-    transfer::chunk_at,
-    wire::{self, submit_update_response::Outcome},
+    wire::{self, AggregationProtocol, submit_update_response::Outcome},
 };
 use fleetune_privacy::clip;
-use fleetune_secagg::RingVector;
+use fleetune_secagg::{RingVector, SessionId, SessionParts, Terms};
+use rand_chacha::ChaCha20Rng;
 
 enum Stage {
     FetchingBase,
     FetchingCheckpoint,
     Training,
-    Uploading { update: Vec<u8>, digest: Digest, offset: u64 },
-    Submitting { update: Vec<u8>, digest: Digest },
+    Uploading(Upload),
+    Submitting(Upload),
+    Secure(Box<SecureStage>),
 }
 
 /// What an answer leads to.
 pub(super) enum Step {
-    Continue { not_before_ms: u64 },
+    Continue {
+        not_before_ms: u64,
+    },
     Contributed,
     Ended(String),
+    /// A check of secure aggregation failed; the coordinator is told, and nothing was revealed.
+    Refused(String),
 }
 
 pub(super) struct Session {
     token: Vec<u8>,
     order: TrainOrder,
     deadline: UnixMillis,
+    plan_sha256: [u8; 32],
+    nonce: Option<[u8; 32]>,
     stage: Stage,
 }
 
@@ -48,7 +62,7 @@ impl Session {
     ) -> Result<Self, String> {
         let checkpoint =
             Digest::parse("assignment.checkpoint", assignment.checkpoint).map_err(|e| e.to_string())?;
-        let plan = verified_plan(&assignment.plan.unwrap_or_default(), setup, now)?;
+        let (plan, plan_sha256) = verified_plan(&assignment.plan.unwrap_or_default(), setup, now)?;
         if plan.task.as_str() != assignment.task {
             return Err(format!("plan refused: it is for task {}, not {:?}", plan.task, assignment.task));
         }
@@ -63,8 +77,74 @@ impl Session {
         let deadline = now.plus(assignment.deadline_ms.min(RETRY_DELAY_MS_MAX));
         let round =
             within("assignment.round", assignment.round, 0..=ROUNDS_MAX).map_err(|e| e.to_string())?;
+        let nonce = match plan.aggregation.protocol {
+            AggregationProtocol::SecaggPlus => {
+                if setup.identity.is_none() {
+                    return Err(
+                        "assignment refused: this device has no identity for secure aggregation".into()
+                    );
+                }
+                Some(parse_nonce(&assignment.aggregation_nonce).map_err(|e| e.to_string())?)
+            }
+            AggregationProtocol::InsecurePlaintext | AggregationProtocol::Unspecified => None,
+        };
         let order = TrainOrder { plan, round, attempt: assignment.attempt, checkpoint };
-        Ok(Self { token: assignment.session_token, order, deadline, stage: Stage::FetchingBase })
+        let (token, stage) = (assignment.session_token, Stage::FetchingBase);
+        Ok(Self { token, order, deadline, plan_sha256, nonce, stage })
+    }
+
+    /// Takes up a session that was saved in a step of secure aggregation.
+    pub(super) fn restore(kept: &KeptSession) -> Option<Self> {
+        let stage = Stage::Secure(Box::new(SecureStage::restore(kept)?));
+        let checkpoint = Digest { sha256: kept.checkpoint_sha256.as_slice().try_into().ok()?, size: 0 };
+        let plan = TaskPlan::parse(&kept.plan).ok()?;
+        let order = TrainOrder { plan, round: kept.round, attempt: kept.attempt, checkpoint };
+        let plan_sha256 = kept.plan_sha256.as_slice().try_into().ok()?;
+        let (token, deadline) = (kept.token.clone(), UnixMillis(kept.deadline_unix_ms));
+        Some(Self { token, order, deadline, plan_sha256, nonce: None, stage })
+    }
+
+    /// What must be on disk before the session's next message leaves; none while nothing is at stake.
+    pub(super) fn to_kept(&self) -> Option<KeptSession> {
+        let Stage::Secure(secure) = &self.stage else { return None };
+        let mut kept = KeptSession {
+            token: self.token(),
+            plan: self.order.plan.to_bytes(),
+            plan_sha256: self.plan_sha256.to_vec(),
+            checkpoint_sha256: self.order.checkpoint.sha256.to_vec(),
+            round: self.order.round,
+            attempt: self.order.attempt,
+            deadline_unix_ms: self.deadline.0,
+            ..KeptSession::default()
+        };
+        secure.keep(&mut kept);
+        Some(kept)
+    }
+
+    /// Changes with every message that is new: the number of the step of secure aggregation, 0 before.
+    pub(super) fn secure_step(&self) -> u32 {
+        if let Stage::Secure(secure) = &self.stage { secure.number() } else { 0 }
+    }
+
+    /// The plan and round in which shares are about to be revealed.
+    pub(super) fn revealing(&self) -> Option<([u8; 32], u32)> {
+        match &self.stage {
+            Stage::Secure(secure) if secure.is_revealing() => Some((self.plan_sha256, self.order.round)),
+            Stage::Secure(_)
+            | Stage::FetchingBase
+            | Stage::FetchingCheckpoint
+            | Stage::Training
+            | Stage::Uploading(_)
+            | Stage::Submitting(_) => None,
+        }
+    }
+
+    pub(super) fn plan_sha256(&self) -> [u8; 32] {
+        self.plan_sha256
+    }
+
+    pub(super) fn is_secure(&self) -> bool {
+        self.nonce.is_some()
     }
 
     pub(super) fn task(&self) -> &Name {
@@ -89,8 +169,12 @@ impl Session {
             Stage::FetchingBase => Action::Fetch(self.order.plan.base_model),
             Stage::FetchingCheckpoint => Action::Fetch(self.order.checkpoint),
             Stage::Training => Action::Train(Box::new(self.order.clone())),
-            Stage::Uploading { update, digest, offset } => self.write_chunk(update, *digest, *offset),
-            Stage::Submitting { update, digest } => self.submit(update, *digest),
+            Stage::Uploading(upload) => upload.write_chunk(&self.token),
+            Stage::Submitting(upload) => Action::Call(Request::SubmitUpdate(wire::SubmitUpdateRequest {
+                session_token: self.token(),
+                update: Some(upload.resource()),
+            })),
+            Stage::Secure(secure) => secure.action(&self.token),
         }
     }
 
@@ -98,79 +182,86 @@ impl Session {
         self.stage = match self.stage {
             Stage::FetchingBase => Stage::FetchingCheckpoint,
             Stage::FetchingCheckpoint => Stage::Training,
-            Stage::Training | Stage::Uploading { .. } | Stage::Submitting { .. } => return,
+            Stage::Training | Stage::Uploading(_) | Stage::Submitting(_) | Stage::Secure(_) => return,
         };
     }
 
-    /// The road from a raw update to the bytes that leave: clip, encode, pack.
-    pub(super) fn trained(&mut self, delta: Vec<f32>) -> Result<(), String> {
+    /// The road from a raw update to what leaves: clip, encode, then pack or mask.
+    pub(super) fn trained(
+        &mut self,
+        delta: Vec<f32>,
+        setup: &DeviceSetup,
+        rng: &mut ChaCha20Rng,
+    ) -> Result<(), String> {
         let (plan, expected) = (&self.order.plan.aggregation, self.order.plan.adapter.dimension);
         if delta.len() != expected {
             return Err(format!("update of {} values; the plan's adapter has {expected}", delta.len()));
         }
         let clipped = clip(delta, plan.clipping_norm).map_err(|e| e.to_string())?;
         let encoded = plan.fixed_point().encode(&clipped).map_err(|e| e.to_string())?;
-        let update = RingVector::from_signed(plan.ring_bits, encoded.values()).pack();
-        let digest = Digest::of(&update);
-        self.stage = if update.len() <= INLINE_BYTES_MAX {
-            Stage::Submitting { update, digest }
-        } else {
-            Stage::Uploading { update, digest, offset: 0 }
+        let vector = RingVector::from_signed(plan.ring_bits, encoded.values());
+        self.stage = match (self.terms(), &setup.identity) {
+            (Some(terms), Some(identity)) => {
+                Stage::Secure(Box::new(SecureStage::begin(terms, identity, vector, rng)))
+            }
+            (_, _) => {
+                let upload = Upload::new(vector.pack());
+                if upload.is_inline() { Stage::Submitting(upload) } else { Stage::Uploading(upload) }
+            }
         };
         Ok(())
     }
 
-    pub(super) fn response(&mut self, response: Response) -> Step {
+    pub(super) fn response(&mut self, response: Response, around: &mut Surroundings<'_>) -> Step {
         match (&mut self.stage, response) {
-            (Stage::Uploading { update, digest, offset }, Response::WriteBlobChunk(answer)) => {
-                let before = std::mem::replace(offset, answer.committed_bytes.min(digest.size));
-                let not_before_ms = if *offset > before { 0 } else { BACKOFF_MS_MIN };
-                if *offset == digest.size {
-                    self.stage = Stage::Submitting { update: std::mem::take(update), digest: *digest };
+            (Stage::Uploading(upload), Response::WriteBlobChunk(answer)) => {
+                let not_before_ms = upload.written(&answer);
+                if upload.is_complete() {
+                    self.stage = Stage::Submitting(upload.clone());
                 }
                 Step::Continue { not_before_ms }
             }
-            (Stage::Submitting { .. }, Response::SubmitUpdate(answer)) => self.submitted(answer),
+            (Stage::Submitting(_), Response::SubmitUpdate(answer)) => submitted(answer),
+            (Stage::Secure(secure), response) => secure.response(response, around),
             (_, _) => Step::Ended("the answer is for another step".into()),
         }
     }
 
-    fn submitted(&mut self, answer: wire::SubmitUpdateResponse) -> Step {
-        match answer.outcome {
-            Some(Outcome::Pending(pending)) => {
-                Step::Continue { not_before_ms: pending.poll_after_ms.max(BACKOFF_MS_MIN) }
-            }
-            Some(Outcome::Ended(ended)) => match wire::EndReason::try_from(ended.reason) {
-                Ok(wire::EndReason::Contributed) => Step::Contributed,
-                Ok(wire::EndReason::TooLate) => Step::Ended("too late for the round".into()),
-                Ok(wire::EndReason::RoundFailed) => Step::Ended("the round failed".into()),
-                Ok(wire::EndReason::Unspecified) | Err(_) => {
-                    Step::Ended("ended for an unknown reason".into())
-                }
-            },
-            None => Step::Ended("submit_update.outcome: missing".into()),
+    /// What a session of secure aggregation is about; none under the plaintext protocol.
+    fn terms(&self) -> Option<Terms> {
+        let (plan, order) = (&self.order.plan, &self.order);
+        let session = SessionId::derive(&SessionParts {
+            population: plan.population.as_str(),
+            task: plan.task.as_str(),
+            round: order.round,
+            attempt: order.attempt,
+            model_sha256: order.checkpoint.sha256,
+            config_sha256: self.plan_sha256,
+            server_nonce: self.nonce?,
+        });
+        let suite = plan.aggregation.secure?.mask_suite;
+        let (bits, dimension) = (plan.aggregation.ring_bits, plan.adapter.dimension);
+        Some(Terms { session, config_sha256: self.plan_sha256, suite, bits, dimension })
+    }
+}
+
+fn submitted(answer: wire::SubmitUpdateResponse) -> Step {
+    match answer.outcome {
+        Some(Outcome::Pending(pending)) => {
+            Step::Continue { not_before_ms: pending.poll_after_ms.max(BACKOFF_MS_MIN) }
         }
+        Some(Outcome::Ended(ended)) => ended_step(&ended),
+        None => Step::Ended("submit_update.outcome: missing".into()),
     }
+}
 
-    fn write_chunk(&self, update: &[u8], digest: Digest, offset: u64) -> Action {
-        let (data, crc32c) = chunk_at(update, offset);
-        Action::Call(Request::WriteBlobChunk(wire::WriteBlobChunkRequest {
-            session_token: self.token(),
-            digest: Some(digest.to_wire()),
-            offset,
-            data: data.to_vec(),
-            crc32c,
-        }))
-    }
-
-    fn submit(&self, update: &[u8], digest: Digest) -> Action {
-        let source = if update.len() <= INLINE_BYTES_MAX {
-            wire::resource::Source::Inline(update.to_vec())
-        } else {
-            wire::resource::Source::Blob(digest.to_wire())
-        };
-        let update = Some(wire::Resource { source: Some(source) });
-        Action::Call(Request::SubmitUpdate(wire::SubmitUpdateRequest { session_token: self.token(), update }))
+/// The coordinator says that the session is over.
+pub(super) fn ended_step(ended: &wire::Ended) -> Step {
+    match wire::EndReason::try_from(ended.reason) {
+        Ok(wire::EndReason::Contributed) => Step::Contributed,
+        Ok(wire::EndReason::TooLate) => Step::Ended("too late for the round".into()),
+        Ok(wire::EndReason::RoundFailed) => Step::Ended("the round failed".into()),
+        Ok(wire::EndReason::Unspecified) | Err(_) => Step::Ended("ended for an unknown reason".into()),
     }
 }
 
@@ -178,7 +269,7 @@ fn verified_plan(
     resource: &wire::Resource,
     setup: &DeviceSetup,
     now: UnixMillis,
-) -> Result<TaskPlan, String> {
+) -> Result<(TaskPlan, [u8; 32]), String> {
     let envelope = inline("assignment.plan", resource).map_err(|e| e.to_string())?;
     let bytes = setup.trust_root.open(Purpose::Plan, envelope).map_err(|e| e.to_string())?;
     let plan = TaskPlan::parse(&bytes).map_err(|e| e.to_string())?;
@@ -189,5 +280,5 @@ fn verified_plan(
         return Err("plan refused: expired".into());
     }
     setup.floors.check(&plan).map_err(|e| e.to_string())?;
-    Ok(plan)
+    Ok((plan, Digest::of(&bytes).sha256))
 }
