@@ -9,6 +9,7 @@ pub use task::TaskConfig;
 use crate::PacePolicy;
 use ed25519_dalek::{SigningKey, pkcs8::DecodePrivateKey};
 use fleetune_proto::Name;
+use fleetune_secagg::Registrars;
 use serde::Deserialize;
 use std::{
     net::SocketAddr,
@@ -69,6 +70,8 @@ pub struct Config {
     pub pace: PacePolicy,
     /// Updates received at once.
     pub upload_slots: usize,
+    /// Who certifies the devices of secure aggregation.
+    pub registrars: Registrars,
     /// The tasks.
     pub tasks: Vec<TaskConfig>,
 }
@@ -108,6 +111,8 @@ pub struct Storage {
 struct File {
     population: String,
     signing_key_file: PathBuf,
+    registrars: Vec<String>,
+    insecure_unregistered_devices: bool,
     listen: Listen,
     storage: Storage,
     pace: Pace,
@@ -151,7 +156,9 @@ impl Config {
         required(path, &own)?;
         let file: File = over_sample(own).try_into().map_err(in_file)?;
         let folder = path.parent().unwrap_or_else(|| Path::new(""));
+        let registrars = registrars(path, &file)?;
         let config = Self {
+            registrars,
             population: parse_name(path, "population", &file.population)?,
             signing_key_file: folder.join(file.signing_key_file),
             listen: file.listen.in_folder(folder),
@@ -189,6 +196,27 @@ impl Config {
             .map_err(|_| setting(&path, "signing key", "not an Ed25519 key in PKCS #8 PEM"))
     }
 
+    /// Refuses to serve secure aggregation to devices that nobody certifies: the coordinator, or anybody,
+    /// could surround a device with peers of its own making.
+    ///
+    /// # Errors
+    /// [`ConfigError::Setting`] says which settings there are.
+    pub fn check_registrars(&self) -> Result<(), ConfigError> {
+        let secure = self.tasks.iter().find(|task| task.is_secure());
+        match secure.filter(|_| self.registrars.is_empty()) {
+            None => Ok(()),
+            Some(task) => Err(ConfigError::Setting {
+                path: PathBuf::from("configuration"),
+                setting: "registrars".into(),
+                problem: format!(
+                    "task {} aggregates securely among certified devices: name the registrars' public keys, \
+                     or set insecure_unregistered_devices",
+                    task.name()
+                ),
+            }),
+        }
+    }
+
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let listen = &self.listen;
         let tls = listen.is_tls();
@@ -220,6 +248,20 @@ impl Listen {
         let join = |file: PathBuf| if file.as_os_str().is_empty() { file } else { folder.join(file) };
         Self { certificate_file: join(self.certificate_file), key_file: join(self.key_file), ..self }
     }
+}
+
+fn registrars(path: &Path, file: &File) -> Result<Registrars, ConfigError> {
+    if file.insecure_unregistered_devices {
+        return Ok(Registrars::InsecureAnyone);
+    }
+    let parse = |text: &String| {
+        let mut key = [0; 32];
+        let read = hex::decode_to_slice(text, &mut key);
+        read.map(|()| key)
+            .map_err(|_| setting(path, "registrars", &format!("{text:?}: not 64 hexadecimal digits")))
+    };
+    let keys = file.registrars.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    Registrars::from_keys(&keys).map_err(|error| setting(path, "registrars", &error.to_string()))
 }
 
 /// The few settings that have no sensible default.
@@ -301,6 +343,16 @@ mod tests {
     }
 
     #[test]
+    fn secure_aggregation_is_not_served_to_devices_that_nobody_certifies() {
+        let error = parse(LEAST).unwrap().check_registrars().unwrap_err().to_string();
+        assert!(error.contains("registrars: task sample-task aggregates securely"), "{error}");
+        let open = parse(&format!("insecure_unregistered_devices = true\n{LEAST}")).unwrap();
+        assert!(open.check_registrars().is_ok());
+        let plain = LEAST.replace("base.gguf\"", "b\"\naggregation.protocol = \"insecure_plaintext\"");
+        assert!(parse(&plain).unwrap().check_registrars().is_ok());
+    }
+
+    #[test]
     fn errors_name_the_file_and_the_setting() {
         let check = |text: &str, expected: &str| {
             let error = parse(text).unwrap_err().to_string();
@@ -319,6 +371,17 @@ mod tests {
             &LEAST.replace("base.gguf\"", "b\"\naggregation.protocol = \"secagg\""),
             "aggregation.protocol",
         );
+        check(
+            &LEAST.replace("base.gguf\"", "b\"\naggregation.mask_suite = \"des\""),
+            "aggregation.mask_suite",
+        );
+        check(
+            &LEAST.replace("base.gguf\"", "b\"\naggregation.dropout_permille = 500"),
+            "aggregation: 100 permille corrupted and 500 permille dropouts",
+        );
+        check(&format!("registrars = [\"00\"]\n{LEAST}"), "registrars: \"00\"");
+        let weak = format!("registrars = [\"01{}\"]\n{LEAST}", "00".repeat(31));
+        check(&weak, "registrars: the public key is malformed or weak");
         check(&LEAST.replace("base.gguf\"", "b\"\naggregation.ring_bits = 7"), "aggregation.ring_bits");
         check(&LEAST.replace("base.gguf\"", "b\"\ntraining.optimizer = \"lion\""), "training.optimizer");
         check(

@@ -17,7 +17,7 @@ pub mod serve;
 pub mod store;
 
 pub use machine::{
-    Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, PacePolicy, PublishedRelease, RoundOutcome,
-    RoundRecord, TaskProgress, TaskSpec, TaskStatus,
+    AggregationRecord, CohortRecord, Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, OpenedCohort,
+    OpeningWork, PacePolicy, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress, TaskSpec, TaskStatus,
 };
 pub use optimizer::ServerOptimizer;

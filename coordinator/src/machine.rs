@@ -13,32 +13,37 @@ mod error;
 mod event;
 mod finish;
 mod pace;
+mod secure;
 mod session;
 mod task;
 
 #[cfg(test)]
 mod tests;
 
-pub use commit::{Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress};
+pub use commit::{
+    AggregationRecord, CohortRecord, Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord,
+    TaskProgress,
+};
 pub use error::CoreError;
 pub use event::CoreEvent;
 pub use pace::PacePolicy;
+pub use secure::{OpenedCohort, OpeningWork};
 pub use task::{TaskSpec, TaskStatus};
 
 use crate::limits::{COMMIT_DELAY_MS_MAX, COMMIT_DELAY_MS_MIN, backoff_ms};
 use answers::Answers;
-use contribution::read_update;
+use contribution::{read_update, submitted_digest};
 use ed25519_dalek::SigningKey;
 use error::invalid;
 use finish::Ending;
 use fleetune_model::base::BaseModel;
 use fleetune_proto::{
-    CallFailure, Digest, FailureKind, INLINE_BYTES_MAX, Name, PopulationPolicy, Purpose, TASKS_MAX,
-    UnixMillis,
+    CallFailure, Digest, FailureKind, Name, PopulationPolicy, Purpose, TASKS_MAX, UnixMillis,
     round::{Contribution, ContributionError, Phase},
     seal,
     wire::{self, EndReason, TaskResult},
 };
+use fleetune_secagg::Registrars;
 use pace::Pace;
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
@@ -57,8 +62,10 @@ pub struct CoreSetup {
     pub pace: PacePolicy,
     /// Uploads held in memory at once; at least one. Each takes an update's packed bytes.
     pub upload_slots: usize,
-    /// Drives session tokens; fresh randomness outside simulations.
+    /// Drives session tokens and nonces; fresh randomness outside simulations.
     pub seed: [u8; 32],
+    /// Who certifies the devices of secure aggregation.
+    pub registrars: Registrars,
 }
 
 /// The coordinator without its shell. See the module's words.
@@ -192,7 +199,7 @@ impl Core {
         self.handle_timeout(now);
         let (key, session) = self.sessions.find(&request.session_token)?;
         let source = request.update.as_ref().and_then(|update| update.source.as_ref());
-        let digest = submitted_digest(source)?;
+        let digest = submitted_digest("submit_update.update", source)?;
         let reason = match session.settled(digest)? {
             Some(reason) => reason,
             None => self.contribute(key, source, digest, now)?,
@@ -212,21 +219,24 @@ impl Core {
     ) -> Result<wire::ReportTaskResultResponse, CallFailure> {
         self.handle_timeout(now);
         let (key, session) = self.sessions.find(&request.session_token)?;
-        match TaskResult::try_from(request.result) {
+        let already_revealed = match TaskResult::try_from(request.result) {
             Ok(TaskResult::Unspecified) | Err(_) => {
                 return Err(invalid(&"report_task_result.result: unknown"));
             }
+            Ok(TaskResult::AlreadyRevealed) => true,
             Ok(
                 TaskResult::Interrupted
                 | TaskResult::InsufficientData
                 | TaskResult::PlanRejected
-                | TaskResult::TrainingFailed,
-            ) => {}
-        }
+                | TaskResult::TrainingFailed
+                | TaskResult::AggregationRefused,
+            ) => false,
+        };
         if session.is_open() {
             let (name, participant) = (session.task.clone(), session.participant);
             self.sessions.withdraw(key);
             if let Some(open) = self.task(&name).open() {
+                open.already_revealed += u32::from(already_revealed);
                 open.round.handle_withdrawal(participant, now);
             }
             self.settle(&name, now);
@@ -344,13 +354,7 @@ impl Core {
         now: UnixMillis,
     ) -> Result<EndReason, CallFailure> {
         let (name, participant) = self.place(key);
-        let bytes: Cow<'_, [u8]> = match source {
-            Some(wire::resource::Source::Inline(bytes)) => Cow::Borrowed(bytes),
-            Some(wire::resource::Source::Blob(_)) | None => {
-                let upload = self.sessions.take_upload(key, digest)?;
-                Cow::Owned(upload.finish().map_err(|error| transfer_failure(&error))?.to_vec())
-            }
-        };
+        let bytes = self.update_bytes(key, source, digest)?;
         let task = self.task(&name);
         let vector = read_update(&task.plan.aggregation, task.plan.adapter.dimension, &bytes)?;
         let Some(open) = task.open() else { return Ok(EndReason::TooLate) };
@@ -365,6 +369,22 @@ impl Core {
         }
         self.settle(&name, now);
         Ok(reason)
+    }
+
+    /// The bytes of an update: those inline, or a complete upload, whose slot is free afterwards.
+    fn update_bytes<'a>(
+        &mut self,
+        key: SessionKey,
+        source: Option<&'a wire::resource::Source>,
+        digest: Digest,
+    ) -> Result<Cow<'a, [u8]>, CallFailure> {
+        match source {
+            Some(wire::resource::Source::Inline(bytes)) => Ok(Cow::Borrowed(bytes)),
+            Some(wire::resource::Source::Blob(_)) | None => {
+                let upload = self.sessions.take_upload(key, digest)?;
+                upload.into_verified().map(Cow::Owned).map_err(|error| transfer_failure(&error))
+            }
+        }
     }
 
     fn place(&mut self, key: SessionKey) -> (Name, fleetune_proto::round::Participant) {
@@ -395,7 +415,7 @@ impl Core {
         let task = self.tasks.get_mut(name).expect("sessions and stages name tasks that exist");
         let Stage::Open(open) = &mut task.stage else { return };
         let closed = match open.round.phase() {
-            Phase::Selecting | Phase::Collecting => return,
+            Phase::Selecting | Phase::Collecting | Phase::Aggregating => return,
             Phase::Finished => Closed::Finished,
             Phase::Failed(_) => Closed::Failed,
         };
@@ -405,6 +425,13 @@ impl Core {
         let Stage::Open(open) = &task.stage else { return };
         let commit = Ending { setup: &self.setup, id, version, now }.commit(task, open);
         self.versions_issued += u64::from(commit.release.is_some());
+        // Devices whose shares broke the attempt are not let into the next one; a new round forgives.
+        let blamed = open.round.blamed();
+        if commit.progress.round == task.progress.round {
+            task.excluded.extend(blamed);
+        } else {
+            task.excluded.clear();
+        }
         if let Some(record) = commit.record.clone() {
             self.events.push(CoreEvent::RoundEnded { task: name.clone(), record });
         }
@@ -432,19 +459,6 @@ impl Core {
 
     fn task(&mut self, name: &Name) -> &mut Task {
         self.tasks.get_mut(name).expect("sessions and stages name tasks that exist")
-    }
-}
-
-fn submitted_digest(source: Option<&wire::resource::Source>) -> Result<Digest, CallFailure> {
-    match source {
-        Some(wire::resource::Source::Inline(bytes)) if bytes.len() > INLINE_BYTES_MAX => Err(invalid(
-            &format!("submit_update.update: {} bytes inline; at most {INLINE_BYTES_MAX}", bytes.len()),
-        )),
-        Some(wire::resource::Source::Inline(bytes)) => Ok(Digest::of(bytes)),
-        Some(wire::resource::Source::Blob(digest)) => {
-            Digest::parse("submit_update.update", Some(digest.clone())).map_err(|error| invalid(&error))
-        }
-        None => Err(invalid(&"submit_update.update: missing")),
     }
 }
 

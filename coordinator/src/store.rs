@@ -193,5 +193,9 @@ async fn connect(database: &Path, create: bool) -> Result<SqlitePool, StoreError
 /// list is refused.
 fn migrator() -> Migrator {
     let start = include_str!("../migrations/0001_start.sql").into_sql_str();
-    Migrator::with_migrations(vec![Migration::new(1, "start".into(), MigrationType::Simple, start, false)])
+    let aggregation = include_str!("../migrations/0002_aggregation.sql").into_sql_str();
+    Migrator::with_migrations(vec![
+        Migration::new(1, "start".into(), MigrationType::Simple, start, false),
+        Migration::new(2, "aggregation".into(), MigrationType::Simple, aggregation, false),
+    ])
 }

@@ -376,6 +376,11 @@ impl Round {
         self.report_deadline().map(|deadline| deadline.plus(steps_ms))
     }
 
+    /// True if it aggregates securely.
+    pub fn is_secure(&self) -> bool {
+        self.secure.is_some()
+    }
+
     /// The cohorts, once there are any.
     pub fn cohorts(&self) -> Vec<CohortSummary> {
         self.secure.as_ref().map(SecureAggregate::summaries).unwrap_or_default()

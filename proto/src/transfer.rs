@@ -172,6 +172,12 @@ impl UploadBuffer {
         }
         Err(TransferError::Content { digest: self.digest, actual: actual.hex() })
     }
+
+    /// The same, giving the bytes away.
+    pub fn into_verified(self) -> Result<Vec<u8>, TransferError> {
+        self.finish()?;
+        Ok(self.bytes)
+    }
 }
 
 #[cfg(test)]

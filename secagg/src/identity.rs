@@ -52,7 +52,7 @@ pub enum CertificateError {
 }
 
 /// Whom a device or a coordinator accepts as a participant.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Registrars {
     /// Devices that one of these keys has certified.
     Keys(Vec<VerifyingKey>),
@@ -118,6 +118,20 @@ impl Certificate {
 }
 
 impl Registrars {
+    /// Registrars by their public keys.
+    ///
+    /// # Errors
+    /// [`CertificateError::Key`] for a malformed or weak key.
+    pub fn from_keys(keys: &[[u8; 32]]) -> Result<Self, CertificateError> {
+        keys.iter().map(verifying_key).collect::<Result<_, _>>().map(Self::Keys)
+    }
+
+    /// True if no key whatever can certify a device.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::Keys(keys) if keys.is_empty())
+    }
+
     /// The key of a certificate that is valid for `population` now.
     ///
     /// # Errors

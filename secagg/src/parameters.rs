@@ -166,8 +166,14 @@ pub fn solve(n: u32, assumptions: &Assumptions) -> Result<Degrees, ParameterErro
         return Err(ParameterError::Members(n));
     }
     if n >= FULL_GRAPH_BELOW {
-        return solve_sparse(n, assumptions, DEGREE_MAX);
+        // Just above the bound a sparse graph may not do yet; a full one does.
+        let sparse = solve_sparse(n, assumptions, DEGREE_MAX);
+        return if n - 1 <= DEGREE_MAX { sparse.or_else(|_| solve_full(n, assumptions)) } else { sparse };
     }
+    solve_full(n, assumptions)
+}
+
+fn solve_full(n: u32, assumptions: &Assumptions) -> Result<Degrees, ParameterError> {
     let (corrupted, dropouts) =
         (part(n, assumptions.corrupted_permille), part(n, assumptions.dropout_permille));
     let degree = n - 1;

@@ -5,9 +5,10 @@ use crate::{ServerOptimizer, TaskSpec};
 use fleetune_model::{adapter::LoraConfig, config::Projection};
 use fleetune_privacy::ClippingNorm;
 use fleetune_proto::{
-    AggregationPlan, AggregationProtocol, Name, Optimizer, TrainingPlan, UnixMillis, round::RoundPolicy,
+    AggregationPlan, AggregationProtocol, Name, Optimizer, SecurePlan, TrainingPlan, UnixMillis,
+    round::RoundPolicy,
 };
-use fleetune_secagg::RingBits;
+use fleetune_secagg::{Assumptions, MaskSuite, RingBits};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,12 @@ impl TaskConfig {
     #[must_use]
     pub fn name(&self) -> &Name {
         &self.without_expiry.name
+    }
+
+    /// True if it aggregates securely.
+    #[must_use]
+    pub fn is_secure(&self) -> bool {
+        self.without_expiry.aggregation.secure.is_some()
     }
 
     /// The spec of a task that was first served at `created`.
@@ -90,6 +97,12 @@ struct Aggregation {
     ring_bits: u32,
     summands_max: u32,
     summands_min: u32,
+    mask_suite: String,
+    cohort_max: u32,
+    corrupted_permille: u32,
+    dropout_permille: u32,
+    sigma: u32,
+    eta: u32,
 }
 
 #[derive(Deserialize)]
@@ -100,6 +113,7 @@ struct Round {
     reports_min: u32,
     selection_ms: u64,
     report_ms: u64,
+    step_ms: u64,
 }
 
 #[derive(Deserialize)]
@@ -117,14 +131,16 @@ impl Table {
     pub(super) fn check(self, path: &Path, folder: &Path) -> Result<TaskConfig, ConfigError> {
         let name = parse_name(path, "task.name", &self.name)?;
         let wrong = |(key, problem): (&str, String)| setting(path, &format!("task {name}: {key}"), &problem);
-        let Round { report_goal, selected_max, reports_min, selection_ms, report_ms } = self.round;
+        let Round { report_goal, selected_max, reports_min, selection_ms, report_ms, step_ms } = self.round;
+        let round_policy =
+            RoundPolicy { report_goal, selected_max, reports_min, selection_ms, report_ms, step_ms };
         let without_expiry = TaskSpec {
             name: name.clone(),
             lora: self.adapter.check().map_err(wrong)?,
             training: self.training.check().map_err(wrong)?,
             aggregation: self.aggregation.check().map_err(wrong)?,
             rounds: self.rounds,
-            round_policy: RoundPolicy { report_goal, selected_max, reports_min, selection_ms, report_ms },
+            round_policy,
             server_optimizer: self.server_optimizer.check().map_err(wrong)?,
             expires: UnixMillis(0),
             release_valid_ms: u64::from(self.release_valid_days) * DAY_MS,
@@ -176,19 +192,40 @@ impl Training {
 
 impl Aggregation {
     fn check(self) -> Result<AggregationPlan, Wrong> {
-        if self.protocol != "insecure_plaintext" {
-            let problem = format!("{:?}; only \"insecure_plaintext\" is there yet", self.protocol);
-            return Err(("aggregation.protocol", problem));
-        }
+        let protocol = match self.protocol.as_str() {
+            "secagg_plus" => AggregationProtocol::SecaggPlus,
+            "insecure_plaintext" => AggregationProtocol::InsecurePlaintext,
+            other => {
+                let problem = format!("{other:?} is neither \"secagg_plus\" nor \"insecure_plaintext\"");
+                return Err(("aggregation.protocol", problem));
+            }
+        };
+        let secure = self.secure()?;
         let clipping_norm = ClippingNorm::new(self.clipping_norm);
         let ring_bits = RingBits::new(self.ring_bits);
         Ok(AggregationPlan {
-            protocol: AggregationProtocol::InsecurePlaintext,
+            protocol,
             clipping_norm: clipping_norm.map_err(|error| ("aggregation.clipping_norm", error.to_string()))?,
             ring_bits: ring_bits.map_err(|error| ("aggregation.ring_bits", error.to_string()))?,
             summands_max: self.summands_max,
             summands_min: self.summands_min,
+            secure: (protocol == AggregationProtocol::SecaggPlus).then_some(secure),
         })
+    }
+
+    fn secure(&self) -> Result<SecurePlan, Wrong> {
+        let mask_suite = match self.mask_suite.as_str() {
+            "aes128_ctr" => MaskSuite::Aes128Ctr,
+            "chacha20" => MaskSuite::ChaCha20,
+            other => {
+                let problem = format!("{other:?} is neither \"aes128_ctr\" nor \"chacha20\"");
+                return Err(("aggregation.mask_suite", problem));
+            }
+        };
+        let assumptions =
+            Assumptions::new(self.corrupted_permille, self.dropout_permille, self.sigma, self.eta)
+                .map_err(|error| ("aggregation", error.to_string()))?;
+        Ok(SecurePlan { mask_suite, cohort_max: self.cohort_max, assumptions })
     }
 }
 

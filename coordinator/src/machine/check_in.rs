@@ -4,7 +4,7 @@ use super::{
     Core, CoreEvent,
     answers::{Answer, Nonce, Outcome},
     error::invalid,
-    task::Task,
+    task::{Opener, Task},
 };
 use crate::limits::CAPABILITY_BYTES_MAX;
 use fleetune_proto::{
@@ -65,16 +65,19 @@ impl Core {
 
     fn join(&mut self, name: &Name, now: UnixMillis) -> Option<Answer> {
         let token = SessionToken::from_random(self.rng.random());
+        let opener = Opener { setup: &self.setup, nonce: self.rng.random(), now };
         let task = self.tasks.get_mut(name)?;
         task.last_turn = self.turns;
-        let (participant, opened) = task.join(now)?;
-        let key = self.sessions.open(&token, name.clone(), participant);
+        let (participant, opened) = task.join(&opener)?;
+        let is_secure = task.plan.aggregation.secure.is_some();
+        let key = self.sessions.open(&token, name.clone(), participant, is_secure);
         let (checkpoint, plan) = (task.checkpoint, task.plan_envelope.clone());
         let selection_ms = task.spec.round_policy.selection_ms;
         let open = task.open()?;
         open.sessions.push(key);
         let (round, attempt) = (open.round.id().round, open.round.id().attempt);
-        let deadline = open.round.report_deadline().unwrap_or(now);
+        let deadline = open.round.session_deadline().unwrap_or(now);
+        let aggregation_nonce = if is_secure { open.nonce.to_vec() } else { Vec::new() };
         let assignment = wire::TaskAssignment {
             task: name.as_str().into(),
             session_token: token.to_wire(),
@@ -83,6 +86,7 @@ impl Core {
             attempt,
             checkpoint: Some(checkpoint.to_wire()),
             deadline_ms: 0,
+            aggregation_nonce,
         };
         // A device that came back while its round still selects would count twice in one sum.
         let retry_window = self.pace.soon(open.opened.plus(selection_ms).since(now));

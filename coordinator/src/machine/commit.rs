@@ -48,10 +48,39 @@ pub struct RoundRecord {
     pub withdrawn: u32,
     /// L2 norm of the mean update; absent when the round failed.
     pub update_norm: Option<f64>,
+    /// How the contributions were added up.
+    #[serde(default)]
+    pub aggregation: AggregationRecord,
     /// When it opened, milliseconds since 1970.
     pub opened_unix_ms: u64,
     /// When it ended, milliseconds since 1970.
     pub finished_unix_ms: u64,
+}
+
+/// How an attempt added contributions up.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AggregationRecord {
+    /// `secagg+` or `insecure_plaintext`; empty in records of earlier versions.
+    pub protocol: String,
+    /// The cohorts of secure aggregation; none if it did not come to that.
+    pub cohorts: Vec<CohortRecord>,
+}
+
+/// One cohort of secure aggregation.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CohortRecord {
+    /// Devices in the roster.
+    pub members: u32,
+    /// Neighbours of each.
+    pub degree: u32,
+    /// Shares that rebuild a secret.
+    pub threshold: u32,
+    /// Devices lost in steps 1 to 4: sharing, masking, confirming, revealing.
+    pub dropouts: [u32; 4],
+    /// Vectors in the sum; absent if the cohort failed.
+    pub survivors: Option<u32>,
+    /// Why it failed.
+    pub failure: Option<String>,
 }
 
 /// A release with the envelope that devices receive.

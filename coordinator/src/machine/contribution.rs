@@ -1,7 +1,7 @@
 //! From the bytes of an update to a ring vector that may enter the sum.
 
 use super::error::invalid;
-use fleetune_proto::{AggregationPlan, CallFailure};
+use fleetune_proto::{AggregationPlan, CallFailure, Digest, INLINE_BYTES_MAX, wire};
 use fleetune_secagg::RingVector;
 
 /// Unpacks an update and, since the plaintext protocol shows it, holds it to the clipping norm: a device
@@ -19,6 +19,23 @@ pub(super) fn read_update(
         return Err(invalid(&format!("update: its norm is {norm:.4e}; the plan clips to {clipping_norm}")));
     }
     Ok(vector)
+}
+
+/// The address of the bytes that are submitted; `field` is named in the error.
+pub(super) fn submitted_digest(
+    field: &'static str,
+    source: Option<&wire::resource::Source>,
+) -> Result<Digest, CallFailure> {
+    match source {
+        Some(wire::resource::Source::Inline(bytes)) if bytes.len() > INLINE_BYTES_MAX => {
+            Err(invalid(&format!("{field}: {} bytes inline; at most {INLINE_BYTES_MAX}", bytes.len())))
+        }
+        Some(wire::resource::Source::Inline(bytes)) => Ok(Digest::of(bytes)),
+        Some(wire::resource::Source::Blob(digest)) => {
+            Digest::parse(field, Some(digest.clone())).map_err(|error| invalid(&error))
+        }
+        None => Err(invalid(&format!("{field}: missing"))),
+    }
 }
 
 /// The clipping norm, and what rounding `dimension` values to the grid can add to it.
@@ -51,6 +68,7 @@ mod tests {
             ring_bits: RingBits::new(ring_bits).unwrap(),
             summands_max: 16,
             summands_min: 2,
+            secure: None,
         }
     }
 

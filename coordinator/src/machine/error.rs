@@ -3,6 +3,7 @@
 use crate::optimizer::OptimizerError;
 use fleetune_model::error::AdapterError;
 use fleetune_proto::{CallFailure, FailureKind, Name, WireError};
+use fleetune_secagg::ParameterError;
 use thiserror::Error;
 
 /// A task or release that the core does not take up.
@@ -34,6 +35,14 @@ pub enum CoreError {
         task: Name,
         /// The rule that is broken.
         problem: &'static str,
+    },
+    /// No degree and threshold of secure aggregation fit a cohort's size.
+    #[error("task {task}: secure aggregation: {source}")]
+    Cohort {
+        /// The task.
+        task: Name,
+        /// What does not fit.
+        source: ParameterError,
     },
     /// The server optimizer cannot be used.
     #[error("task {task}: {source}")]

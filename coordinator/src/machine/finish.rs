@@ -3,7 +3,10 @@
 
 use super::{
     CoreSetup,
-    commit::{Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress},
+    commit::{
+        AggregationRecord, CohortRecord, Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord,
+        TaskProgress,
+    },
     contribution::l2_norm,
     task::{OpenRound, Task},
 };
@@ -11,12 +14,18 @@ use fleetune_model::{
     adapter::Adapter, adapter_formats::to_gguf_lora, error::AdapterError, gguf::Metadata,
     weights::WeightFormat,
 };
-use fleetune_proto::{Digest, Purpose, ReleaseManifest, UnixMillis, round::Phase, seal};
+use fleetune_proto::{
+    Digest, Purpose, ReleaseManifest, UnixMillis,
+    round::{CohortSummary, Phase},
+    seal,
+};
 use fleetune_secagg::RunningSum;
 use std::sync::Arc;
 
-const PRIVACY_STATEMENT: &str =
+const PLAINTEXT_STATEMENT: &str =
     "none: trained without differential privacy and without secure aggregation (insecure_plaintext)";
+const SECURE_STATEMENT: &str = "none of the released model: trained without differential privacy. Secure aggregation (secagg+) kept \
+     single updates from the coordinator, which learned their sums";
 
 /// What the core hands to the end of an attempt.
 pub(super) struct Ending<'a> {
@@ -42,7 +51,7 @@ impl Ending<'_> {
                 Err(error) => self.failed(task, open, error.to_string()),
             },
             (None, Phase::Failed(failure)) => self.failed(task, open, failure.to_string()),
-            (None, Phase::Selecting | Phase::Collecting | Phase::Finished) => {
+            (None, Phase::Selecting | Phase::Collecting | Phase::Aggregating | Phase::Finished) => {
                 unreachable!("an attempt that is over is finished with a sum, or failed")
             }
         }
@@ -51,29 +60,36 @@ impl Ending<'_> {
     fn finished(&self, task: &Task, open: &OpenRound, step: Advance) -> Result<Commit, AdapterError> {
         let bytes = Arc::new(step.adapter.to_checkpoint_bytes());
         let checkpoint = Digest::of(&bytes);
-        let mut blobs = vec![(checkpoint, bytes)];
-        let round = task.progress.round + 1;
-        let mut release = None;
-        if round >= task.spec.rounds {
-            let gguf = Arc::new(release_bytes(task, &step.adapter)?);
-            release = Some(self.publish(task, Digest::of(&gguf)));
-            blobs.push((Digest::of(&gguf), gguf));
-        }
-        let progress = TaskProgress {
-            round,
-            attempt: 0,
-            adapter: step.adapter.values,
-            optimizer_state: step.optimizer_state,
+        let mut commit = Commit {
+            id: self.id,
+            task: task.spec.name.clone(),
+            checkpoint,
+            blobs: vec![(checkpoint, bytes)],
+            progress: Arc::clone(&task.progress),
+            record: Some(self.record(open, RoundOutcome::Finished, Some(step.update_norm))),
+            release: None,
         };
-        let record = Some(self.record(open, RoundOutcome::Finished, Some(step.update_norm)));
-        let (id, task, progress) = (self.id, task.spec.name.clone(), Arc::new(progress));
-        Ok(Commit { id, task, checkpoint, blobs, progress, record, release })
+        let round = task.progress.round + 1;
+        self.release_if_last(task, round, &step.adapter, &mut commit)?;
+        let (adapter, optimizer_state) = (step.adapter.values, step.optimizer_state);
+        commit.progress = Arc::new(TaskProgress { round, attempt: 0, adapter, optimizer_state });
+        Ok(commit)
     }
 
+    /// The attempt gave nothing. The round is tried again, unless devices have revealed shares for it: they
+    /// do that once a round, so its number is given up and the adapter stays as it is.
     fn failed(&self, task: &Task, open: &OpenRound, reason: String) -> Commit {
         let mut progress = TaskProgress::clone(&task.progress);
-        progress.attempt = progress.attempt.saturating_add(1);
-        Commit {
+        let given_up = open.round.has_revealed() || open.already_revealed > 0;
+        let mut reason = [vec![reason], open.round.troubles()].concat().join("; ");
+        if given_up {
+            reason.push_str("; the round is given up, since devices have revealed shares for it");
+            (progress.round, progress.attempt) = (progress.round + 1, 0);
+        } else {
+            progress.attempt = progress.attempt.saturating_add(1);
+        }
+        let round = progress.round;
+        let mut commit = Commit {
             id: self.id,
             task: task.spec.name.clone(),
             checkpoint: task.checkpoint,
@@ -81,7 +97,27 @@ impl Ending<'_> {
             progress: Arc::new(progress),
             record: Some(self.record(open, RoundOutcome::Failed(reason), None)),
             release: None,
+        };
+        let adapter = Adapter::new(task.layout.clone(), task.progress.adapter.clone());
+        adapter
+            .and_then(|adapter| self.release_if_last(task, round, &adapter, &mut commit))
+            .expect("the adapter was checked when it was made, and its layout fits the base");
+        commit
+    }
+
+    fn release_if_last(
+        &self,
+        task: &Task,
+        round: u32,
+        adapter: &Adapter,
+        commit: &mut Commit,
+    ) -> Result<(), AdapterError> {
+        if round >= task.spec.rounds {
+            let gguf = Arc::new(release_bytes(task, adapter)?);
+            commit.release = Some(self.publish(task, Digest::of(&gguf)));
+            commit.blobs.push((Digest::of(&gguf), gguf));
         }
+        Ok(())
     }
 
     fn record(&self, open: &OpenRound, outcome: RoundOutcome, update_norm: Option<f64>) -> RoundRecord {
@@ -94,6 +130,7 @@ impl Ending<'_> {
             completed: counts.completed,
             withdrawn: counts.withdrawn,
             update_norm,
+            aggregation: aggregation_record(open),
             opened_unix_ms: open.opened.0,
             finished_unix_ms: self.now.0,
         }
@@ -109,11 +146,34 @@ impl Ending<'_> {
             rounds: task.spec.rounds,
             created: self.now,
             expires: self.now.plus(task.spec.release_valid_ms),
-            privacy_statement: PRIVACY_STATEMENT.to_owned(),
+            privacy_statement: statement(task).to_owned(),
         };
         let envelope = seal(Purpose::Release, manifest.to_bytes(), &[&self.setup.signing_key]);
         PublishedRelease { manifest, envelope }
     }
+}
+
+fn statement(task: &Task) -> &'static str {
+    if task.plan.aggregation.secure.is_some() { SECURE_STATEMENT } else { PLAINTEXT_STATEMENT }
+}
+
+fn aggregation_record(open: &OpenRound) -> AggregationRecord {
+    let cohort = |cohort: CohortSummary| CohortRecord {
+        members: cohort.members,
+        degree: cohort.degrees.degree,
+        threshold: cohort.degrees.threshold,
+        dropouts: [
+            cohort.dropouts.sharing,
+            cohort.dropouts.masking,
+            cohort.dropouts.confirming,
+            cohort.dropouts.revealing,
+        ],
+        survivors: cohort.outcome.as_ref().ok().copied(),
+        failure: cohort.outcome.err(),
+    };
+    let protocol = if open.round.is_secure() { "secagg+" } else { "insecure_plaintext" };
+    let cohorts = open.round.cohorts().into_iter().map(cohort).collect();
+    AggregationRecord { protocol: protocol.to_owned(), cohorts }
 }
 
 /// Mean, server optimizer, next adapter.

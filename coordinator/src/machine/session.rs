@@ -31,7 +31,11 @@ pub(super) enum Closed {
 pub(super) struct Session {
     pub(super) task: Name,
     pub(super) participant: Participant,
+    /// The update, plain or masked, that is in the sum.
     contributed: Option<Digest>,
+    /// The message that revealed shares; the device's part is done with it.
+    revealed: Option<Digest>,
+    is_secure: bool,
     closed: Option<Closed>,
     upload: Option<UploadBuffer>,
 }
@@ -52,12 +56,33 @@ impl Session {
             (_, Some(Closed::Failed)) => Ok(Some(EndReason::RoundFailed)),
             (Some(_), _) => Ok(Some(EndReason::Contributed)),
             (None, Some(Closed::Finished)) => Ok(Some(EndReason::TooLate)),
-            (None, Some(Closed::Withdrawn)) => {
-                let problem = "session: closed by the result that the device reported";
-                Err(CallFailure::new(FailureKind::FailedPrecondition, problem))
-            }
+            (None, Some(Closed::Withdrawn)) => Err(withdrawn()),
             (None, None) => Ok(None),
         }
+    }
+
+    /// How a session of secure aggregation has ended, if it has.
+    pub(super) fn ended(&self) -> Result<Option<EndReason>, CallFailure> {
+        match self.closed {
+            None => Ok(None),
+            Some(Closed::Failed) => Ok(Some(EndReason::RoundFailed)),
+            Some(Closed::Finished) if self.contributed.is_some() => Ok(Some(EndReason::Contributed)),
+            Some(Closed::Finished) => Ok(Some(EndReason::TooLate)),
+            Some(Closed::Withdrawn) => Err(withdrawn()),
+        }
+    }
+
+    /// True if the same shares were revealed before.
+    pub(super) fn has_revealed(&self, digest: Digest) -> Result<bool, CallFailure> {
+        match self.revealed {
+            Some(before) if before != digest => Err(other_bytes()),
+            before => Ok(before.is_some()),
+        }
+    }
+
+    /// The shares are in.
+    pub(super) fn revealed(&mut self, digest: Digest) {
+        self.revealed = Some(digest);
     }
 
     /// The update is in the sum.
@@ -65,9 +90,10 @@ impl Session {
         self.contributed = Some(digest);
     }
 
-    /// True while a contribution may still come.
+    /// True while the device's part is not done.
     pub(super) fn is_open(&self) -> bool {
-        self.closed.is_none() && self.contributed.is_none()
+        let done = if self.is_secure { self.revealed } else { self.contributed };
+        self.closed.is_none() && done.is_none()
     }
 }
 
@@ -81,9 +107,23 @@ impl Sessions {
         self.by_key.len() < SESSIONS_MAX
     }
 
-    pub(super) fn open(&mut self, token: &SessionToken, task: Name, participant: Participant) -> SessionKey {
+    pub(super) fn open(
+        &mut self,
+        token: &SessionToken,
+        task: Name,
+        participant: Participant,
+        is_secure: bool,
+    ) -> SessionKey {
         let key = Digest::of(&token.to_wire()).sha256;
-        let session = Session { task, participant, contributed: None, closed: None, upload: None };
+        let session = Session {
+            task,
+            participant,
+            contributed: None,
+            revealed: None,
+            is_secure,
+            closed: None,
+            upload: None,
+        };
         self.by_key.insert(key, session);
         key
     }
@@ -219,6 +259,11 @@ pub(super) fn transfer_failure(error: &TransferError) -> CallFailure {
         }
     };
     CallFailure::new(kind, error.to_string())
+}
+
+fn withdrawn() -> CallFailure {
+    let problem = "session: closed by the result that the device reported";
+    CallFailure::new(FailureKind::FailedPrecondition, problem)
 }
 
 fn other_bytes() -> CallFailure {

@@ -16,11 +16,13 @@ use fleetune_model::{
     base::BaseModel,
 };
 use fleetune_proto::{
-    AdapterPlan, AggregationPlan, Digest, Name, Purpose, TaskOffer, TaskPlan, TrainingPlan, UnixMillis,
-    round::{Participant, Phase, Round, RoundCounts, RoundId, RoundPolicy},
+    AdapterPlan, AggregationPlan, Digest, Name, Purpose, SecurePlan, TaskOffer, TaskPlan, TrainingPlan,
+    UnixMillis,
+    round::{Participant, Phase, Round, RoundCounts, RoundId, RoundPolicy, SecureSetup},
     seal,
 };
-use std::sync::Arc;
+use fleetune_secagg::{CohortPlan, DeviceId, SessionId, SessionParts, Terms, solve};
+use std::{collections::BTreeSet, sync::Arc};
 
 /// What an operator asks for: one adapter, trained over some rounds, released at the end.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +56,7 @@ pub struct TaskStatus {
     pub attempt: u32,
     /// Rounds the task runs.
     pub rounds: u32,
-    /// `committing`, `ready`, `selecting`, `collecting`, `finished` or `expired`.
+    /// `committing`, `ready`, `selecting`, `collecting`, `aggregating`, `finished` or `expired`.
     pub stage: &'static str,
     /// The numbers of the round that is open.
     pub counts: RoundCounts,
@@ -68,11 +70,22 @@ pub(super) struct Task {
     pub(super) layout: Arc<AdapterLayout>,
     pub(super) plan: TaskPlan,
     pub(super) plan_envelope: Vec<u8>,
+    plan_sha256: [u8; 32],
     pub(super) progress: Arc<TaskProgress>,
     pub(super) checkpoint: Digest,
     pub(super) stage: Stage,
     /// When the task last took a device, as a count: tasks take turns.
     pub(super) last_turn: u64,
+    /// Devices whose shares broke an earlier attempt at the round that is due.
+    pub(super) excluded: BTreeSet<DeviceId>,
+}
+
+/// What opening an attempt takes from the core.
+pub(super) struct Opener<'a> {
+    pub(super) setup: &'a CoreSetup,
+    /// Fresh randomness of the attempt.
+    pub(super) nonce: [u8; 32],
+    pub(super) now: UnixMillis,
 }
 
 pub(super) enum Stage {
@@ -88,6 +101,10 @@ pub(super) struct OpenRound {
     pub(super) round: Round,
     pub(super) opened: UnixMillis,
     pub(super) sessions: Vec<SessionKey>,
+    /// Part of the secure aggregation session's id.
+    pub(super) nonce: [u8; 32],
+    /// Devices that had revealed shares in an earlier attempt at this round.
+    pub(super) already_revealed: u32,
 }
 
 /// A commit that is not durable yet.
@@ -113,6 +130,7 @@ impl Task {
             .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
         let layout = Arc::new(layout);
         let plan = checked_plan(&spec, &base, base_digest, &layout, setup)?;
+        let plan_sha256 = Digest::of(&plan.to_bytes()).sha256;
         let plan_envelope = seal(Purpose::Plan, plan.to_bytes(), &[&setup.signing_key]);
         let progress = Arc::new(first_progress(&spec, &layout, resume)?);
         let adapter = Adapter::new(layout.clone(), progress.adapter.clone())
@@ -128,7 +146,20 @@ impl Task {
                 Commit { id: commit_id, task, checkpoint, blobs, progress, record: None, release: None };
             Stage::Committing(Box::new(Pending::new(commit)))
         };
-        Ok(Self { spec, base, layout, plan, plan_envelope, progress, checkpoint, stage, last_turn: 0 })
+        let (last_turn, excluded) = (0, BTreeSet::new());
+        Ok(Self {
+            spec,
+            base,
+            layout,
+            plan,
+            plan_envelope,
+            plan_sha256,
+            progress,
+            checkpoint,
+            stage,
+            last_turn,
+            excluded,
+        })
     }
 
     pub(super) fn offer(&self) -> TaskOffer {
@@ -157,12 +188,12 @@ impl Task {
 
     /// Gives a device a place, opening the attempt if it is the first. The caller has asked
     /// [`Task::accepts`]. True in the second place if the attempt was opened.
-    pub(super) fn join(&mut self, now: UnixMillis) -> Option<(Participant, bool)> {
+    pub(super) fn join(&mut self, opener: &Opener<'_>) -> Option<(Participant, bool)> {
         let opens = matches!(self.stage, Stage::Ready(_));
         if opens {
-            self.stage = Stage::Open(Box::new(self.open_round(now)));
+            self.stage = Stage::Open(Box::new(self.open_round(opener)));
         }
-        let participant = self.open()?.round.handle_join(now)?;
+        let participant = self.open()?.round.handle_join(opener.now)?;
         Some((participant, opens))
     }
 
@@ -206,6 +237,9 @@ impl Task {
         let (stage, counts) = match &self.stage {
             Stage::Ready(_) => ("ready", RoundCounts::default()),
             Stage::Open(open) if open.round.phase() == Phase::Selecting => ("selecting", open.round.counts()),
+            Stage::Open(open) if open.round.phase() == Phase::Aggregating => {
+                ("aggregating", open.round.counts())
+            }
             Stage::Open(open) => ("collecting", open.round.counts()),
             Stage::Committing(_) => ("committing", RoundCounts::default()),
             Stage::Finished => ("finished", RoundCounts::default()),
@@ -215,12 +249,45 @@ impl Task {
         TaskStatus { round, attempt, rounds, stage, counts, checkpoint: self.checkpoint }
     }
 
-    fn open_round(&self, now: UnixMillis) -> OpenRound {
+    fn open_round(&self, opener: &Opener<'_>) -> OpenRound {
         let (round, attempt) = (self.progress.round, self.progress.attempt);
         let id = RoundId { task: self.spec.name.clone(), round, attempt };
-        let (policy, plan) = (self.spec.round_policy, &self.plan.aggregation);
-        let round = Round::open(id, policy, plan, self.layout.len(), now);
-        OpenRound { round, opened: now, sessions: Vec::new() }
+        let (policy, plan, now) = (self.spec.round_policy, &self.plan.aggregation, opener.now);
+        let secure = plan.secure.as_ref().map(|secure| self.secure_setup(secure, opener));
+        let round = Round::open(id, policy, plan, self.layout.len(), secure, now);
+        OpenRound { round, opened: now, sessions: Vec::new(), nonce: opener.nonce, already_revealed: 0 }
+    }
+
+    fn secure_setup(&self, secure: &SecurePlan, opener: &Opener<'_>) -> SecureSetup {
+        let (plan, population) = (&self.plan.aggregation, opener.setup.population.as_str());
+        let session = SessionId::derive(&SessionParts {
+            population,
+            task: self.spec.name.as_str(),
+            round: self.progress.round,
+            attempt: self.progress.attempt,
+            model_sha256: self.checkpoint.sha256,
+            config_sha256: self.plan_sha256,
+            server_nonce: opener.nonce,
+        });
+        SecureSetup {
+            terms: Terms {
+                session,
+                config_sha256: self.plan_sha256,
+                suite: secure.mask_suite,
+                bits: plan.ring_bits,
+                dimension: self.layout.len(),
+            },
+            plan: CohortPlan {
+                members_max: secure.cohort_max,
+                survivors_min: plan.summands_min,
+                assumptions: secure.assumptions,
+                degrees: None,
+            },
+            population: population.to_owned(),
+            registrars: opener.setup.registrars.clone(),
+            excluded: self.excluded.clone(),
+            step_ms: self.spec.round_policy.step_ms,
+        }
     }
 }
 
@@ -301,10 +368,25 @@ fn check_round_policy(spec: &TaskSpec) -> Result<(), CoreError> {
         (policy.report_goal >= policy.reports_min, "report_goal is below reports_min"),
         (policy.reports_min >= plan.summands_min, "reports_min is below the plan's summands_min"),
         (policy.report_goal <= plan.summands_max, "report_goal is above the plan's summands_max"),
-        (policy.selection_ms > 0 && policy.report_ms > 0, "a deadline is zero"),
+        (policy.selection_ms > 0 && policy.report_ms > 0 && policy.step_ms > 0, "a deadline is zero"),
     ];
     match rules.iter().find(|(holds, _)| !holds) {
         Some((_, problem)) => Err(CoreError::RoundPolicy { task: spec.name.clone(), problem }),
-        None => Ok(()),
+        None => plan.secure.as_ref().map_or(Ok(()), |secure| check_cohorts(spec, secure)),
     }
+}
+
+/// The smallest, the intended and the largest cohort must have a degree and threshold: better refused now
+/// than in the first round.
+fn check_cohorts(spec: &TaskSpec, secure: &SecurePlan) -> Result<(), CoreError> {
+    let policy = &spec.round_policy;
+    let sizes = [policy.reports_min, policy.report_goal, policy.selected_max];
+    let halves = [secure.cohort_max.div_ceil(2), secure.cohort_max];
+    let split = halves.iter().filter(|_| policy.selected_max > secure.cohort_max);
+    let small = sizes.iter().filter(|size| **size <= secure.cohort_max);
+    for size in small.chain(split) {
+        solve(*size, &secure.assumptions)
+            .map_err(|source| CoreError::Cohort { task: spec.name.clone(), source })?;
+    }
+    Ok(())
 }

@@ -1,4 +1,4 @@
-//! Keeps deadlines and commits: the one writer of the store.
+//! Keeps deadlines and commits, and opens sums: the one writer of the store.
 
 use super::{ServeError, clock, shell::Shell};
 use crate::limits::TICK_MS_MAX;
@@ -13,6 +13,7 @@ pub(super) async fn run(shell: Arc<Shell>, mut stopping: watch::Receiver<bool>) 
             core.handle_timeout(now);
             core.poll_timeout()
         })?;
+        open_sums(&shell).await?;
         keep_commits(&shell).await?;
         if stop {
             return Ok(());
@@ -24,6 +25,17 @@ pub(super) async fn run(shell: Arc<Shell>, mut stopping: watch::Receiver<bool>) 
             _ = stopping.changed() => {}
         }
     }
+}
+
+/// Takes the masks off, away from the core's lock and the async threads: it may take seconds.
+async fn open_sums(shell: &Arc<Shell>) -> Result<(), ServeError> {
+    while let Some(work) = shell.with_core(|core, _| core.poll_opening())? {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let opened = tokio::task::spawn_blocking(move || work.run(threads)).await;
+        let opened = opened.map_err(|_| ServeError::Panicked)?;
+        shell.with_core(|core, now| core.handle_opened(opened, now))?;
+    }
+    Ok(())
 }
 
 async fn keep_commits(shell: &Shell) -> Result<(), ServeError> {

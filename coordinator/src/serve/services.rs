@@ -36,6 +36,41 @@ impl AggregationService for Services {
     ) -> Result<Response<wire::SubmitUpdateResponse>, Status> {
         self.0.call(move |core, now| core.handle_submit(request.get_ref(), now)).await
     }
+
+    async fn advertise_keys(
+        &self,
+        request: Request<wire::AdvertiseKeysRequest>,
+    ) -> Result<Response<wire::AdvertiseKeysResponse>, Status> {
+        self.0.call(move |core, now| core.handle_advertise_keys(request.get_ref(), now)).await
+    }
+
+    async fn share_keys(
+        &self,
+        request: Request<wire::ShareKeysRequest>,
+    ) -> Result<Response<wire::ShareKeysResponse>, Status> {
+        self.0.call(move |core, now| core.handle_share_keys(request.get_ref(), now)).await
+    }
+
+    async fn submit_masked_update(
+        &self,
+        request: Request<wire::SubmitMaskedUpdateRequest>,
+    ) -> Result<Response<wire::SubmitMaskedUpdateResponse>, Status> {
+        self.0.call(move |core, now| core.handle_submit_masked(request.get_ref(), now)).await
+    }
+
+    async fn confirm_survivors(
+        &self,
+        request: Request<wire::ConfirmSurvivorsRequest>,
+    ) -> Result<Response<wire::ConfirmSurvivorsResponse>, Status> {
+        self.0.call(move |core, now| core.handle_confirm_survivors(request.get_ref(), now)).await
+    }
+
+    async fn reveal_shares(
+        &self,
+        request: Request<wire::RevealSharesRequest>,
+    ) -> Result<Response<wire::RevealSharesResponse>, Status> {
+        self.0.call(move |core, now| core.handle_reveal_shares(request.get_ref(), now)).await
+    }
 }
 
 #[tonic::async_trait]

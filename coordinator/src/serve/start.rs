@@ -21,6 +21,7 @@ type Bases = BTreeMap<PathBuf, (Arc<BaseModel>, Digest)>;
 
 pub(super) async fn shell(config: &Config) -> Result<Shell, ServeError> {
     let store = Store::open(&config.storage, &config.population).await?;
+    config.check_registrars()?;
     let mut core = Core::new(setup(config)?);
     for release in store.releases().await? {
         core.restore_release(release)?;
@@ -111,5 +112,6 @@ fn setup(config: &Config) -> Result<CoreSetup, ConfigError> {
         pace: config.pace,
         upload_slots: config.upload_slots,
         seed,
+        registrars: config.registrars.clone(),
     })
 }

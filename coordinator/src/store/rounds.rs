@@ -17,8 +17,8 @@ pub(super) async fn insert(
     };
     sqlx::query(
         "INSERT INTO rounds (population, task, round, attempt, failure, selected, completed, withdrawn,
-                             update_norm, opened_unix_ms, finished_unix_ms)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+                             update_norm, opened_unix_ms, finished_unix_ms, aggregation)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
          ON CONFLICT (population, task, round, attempt) DO NOTHING",
     )
     .bind(population.as_str())
@@ -32,6 +32,7 @@ pub(super) async fn insert(
     .bind(record.update_norm)
     .bind(to_row(record.opened_unix_ms))
     .bind(to_row(record.finished_unix_ms))
+    .bind(serde_json::to_string(&record.aggregation).expect("strings and numbers become JSON"))
     .execute(connection)
     .await
     .map_err(|source| StoreError::Database { transaction: "keep", source })?;
@@ -45,7 +46,7 @@ pub(super) async fn all(
 ) -> Result<Vec<RoundRecord>, StoreError> {
     let rows = sqlx::query(
         "SELECT round, attempt, failure, selected, completed, withdrawn, update_norm, opened_unix_ms,
-                finished_unix_ms
+                finished_unix_ms, aggregation
          FROM rounds WHERE population = $1 AND task = $2 ORDER BY round, attempt",
     )
     .bind(population.as_str())
@@ -58,6 +59,7 @@ pub(super) async fn all(
 
 fn read(row: &SqliteRow) -> Result<RoundRecord, StoreError> {
     let failure: Option<String> = row.try_get("failure").map_err(failed)?;
+    let aggregation: String = row.try_get("aggregation").map_err(failed)?;
     Ok(RoundRecord {
         round: number(row, "round")?,
         attempt: number(row, "attempt")?,
@@ -66,6 +68,7 @@ fn read(row: &SqliteRow) -> Result<RoundRecord, StoreError> {
         completed: number(row, "completed")?,
         withdrawn: number(row, "withdrawn")?,
         update_norm: row.try_get("update_norm").map_err(failed)?,
+        aggregation: serde_json::from_str(&aggregation).unwrap_or_default(),
         opened_unix_ms: number(row, "opened_unix_ms")?,
         finished_unix_ms: number(row, "finished_unix_ms")?,
     })
