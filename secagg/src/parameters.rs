@@ -68,7 +68,7 @@ pub enum ParameterError {
     Members(u32),
     /// No degree up to the largest is enough.
     #[error(
-        "{members} devices: no degree up to {degree_max} satisfies all conditions; the last to fail was {condition}"
+        "{members} devices: no degree up to {degree_max} satisfies all conditions; the last to fail was {condition}, by {bits_missing} bits"
     )]
     Infeasible {
         /// Devices.
@@ -77,6 +77,8 @@ pub enum ParameterError {
         degree_max: u32,
         /// The condition.
         condition: &'static str,
+        /// How far the probability of its failure is above what is allowed, as a power of two.
+        bits_missing: u32,
     },
     /// A small cohort loses more than it can.
     #[error(
@@ -154,6 +156,13 @@ impl Assumptions {
         }
         Ok(Self { corrupted_permille, dropout_permille, sigma, eta })
     }
+
+    /// A and D among `n` devices. The fields are public, so they are checked here again.
+    fn parts(&self, n: u32) -> Result<(u32, u32), ParameterError> {
+        let Self { corrupted_permille, dropout_permille, sigma, eta } = *self;
+        Self::new(corrupted_permille, dropout_permille, sigma, eta)?;
+        Ok((part(n, corrupted_permille), part(n, dropout_permille)))
+    }
 }
 
 /// Degree and threshold for `n` devices: all are neighbours below [`FULL_GRAPH_BELOW`], the smallest even
@@ -174,8 +183,7 @@ pub fn solve(n: u32, assumptions: &Assumptions) -> Result<Degrees, ParameterErro
 }
 
 fn solve_full(n: u32, assumptions: &Assumptions) -> Result<Degrees, ParameterError> {
-    let (corrupted, dropouts) =
-        (part(n, assumptions.corrupted_permille), part(n, assumptions.dropout_permille));
+    let (corrupted, dropouts) = assumptions.parts(n)?;
     let degree = n - 1;
     let threshold = (degree + corrupted) / 2 + 1;
     let present = n - 1 - dropouts;
@@ -190,26 +198,41 @@ fn solve_full(n: u32, assumptions: &Assumptions) -> Result<Degrees, ParameterErr
 /// # Errors
 /// [`ParameterError::Infeasible`] names the condition that failed last.
 pub fn solve_sparse(n: u32, assumptions: &Assumptions, degree_max: u32) -> Result<Degrees, ParameterError> {
+    search(n, assumptions, degree_max, |degree, corrupted| (degree + corrupted) / 2 + 1)
+}
+
+/// The smallest even degree that satisfies the conditions with the threshold that `threshold_of` gives for a
+/// degree and a number of corrupted neighbours.
+fn search(
+    n: u32,
+    assumptions: &Assumptions,
+    degree_max: u32,
+    threshold_of: impl Fn(u32, u32) -> u32,
+) -> Result<Degrees, ParameterError> {
     if !is_cohort(n) {
         return Err(ParameterError::Members(n));
     }
+    let (corrupted, dropouts) = assumptions.parts(n)?;
+    let (sigma, eta) = (assumptions.sigma, assumptions.eta);
     let table = Factorials::new(n);
-    let (corrupted, dropouts) =
-        (part(n, assumptions.corrupted_permille), part(n, assumptions.dropout_permille));
-    let mut condition = "none";
+    let mut failed = ("the graph, which needs an even degree", 0.0);
     for degree in (2..n).step_by(2).take_while(|degree| *degree <= degree_max) {
-        if !table.is_connected(n, degree, corrupted + dropouts, assumptions.sigma) {
-            condition = "connectivity";
+        let excess = table.log2_disconnected(n, degree, corrupted + dropouts) + f64::from(sigma + 1);
+        if excess > 0.0 {
+            failed = ("connectivity", excess);
             continue;
         }
-        let threshold =
-            (degree + table.corrupted_neighbours(n, degree, corrupted, assumptions.sigma)) / 2 + 1;
-        if threshold <= degree && table.has_shares(n, degree, threshold, dropouts, assumptions.eta) {
+        let threshold = threshold_of(degree, table.corrupted_neighbours(n, degree, corrupted, sigma));
+        // A threshold above the degree is never met: the probability is 1.
+        let excess = table.log2_short_of_shares(n, degree, threshold, dropouts) + f64::from(eta);
+        if excess <= 0.0 {
             return Ok(Degrees { degree, threshold });
         }
-        condition = "correctness";
+        failed = ("correctness", excess);
     }
-    Err(ParameterError::Infeasible { members: n, degree_max: degree_max.min(n - 1), condition })
+    let (condition, excess) = failed;
+    let bits_missing = excess.ceil() as u32;
+    Err(ParameterError::Infeasible { members: n, degree_max: degree_max.min(n - 1), condition, bits_missing })
 }
 
 /// What a device demands of a degree and threshold that the coordinator names, under its own assumption of
@@ -235,9 +258,11 @@ pub fn check(
     if threshold > degree {
         return Err(ParameterError::ThresholdAboveDegree { threshold, degree });
     }
-    let corrupted = part(n, corrupted_permille);
+    // A device that asks does not count itself among the corrupted.
+    let corrupted = part(n, corrupted_permille).min(n - 1);
     let table = Factorials::new(n);
-    if !table.is_connected(n, degree, corrupted.saturating_add(dropouts).min(n), sigma) {
+    let silent = corrupted.saturating_add(dropouts).min(n);
+    if table.log2_disconnected(n, degree, silent) > -f64::from(sigma.saturating_add(1)) {
         return Err(ParameterError::Disconnected { members: n, degree, sigma });
     }
     let corrupted = table.corrupted_neighbours(n, degree, corrupted, sigma);
@@ -277,19 +302,18 @@ impl Factorials {
         if k > n { f64::NEG_INFINITY } else { self.log2(n) - self.log2(k) - self.log2(n - k) }
     }
 
-    /// Condition 1 with `silent` = A + D.
-    fn is_connected(&self, n: u32, degree: u32, silent: u32, sigma: u32) -> bool {
+    /// Condition 1: the bound on the chance that the honest survivors are not connected, with `silent` = A + D.
+    fn log2_disconnected(&self, n: u32, degree: u32, silent: u32) -> f64 {
         if degree > silent || degree + 1 >= n {
-            return true;
+            return f64::NEG_INFINITY;
         }
         let gaps = (f64::from(n) * f64::from(n - degree - 1) / 2.0).log2();
-        let silence = self.log2(silent) + self.log2(n - degree) - self.log2(n) - self.log2(silent - degree);
-        gaps + silence <= -f64::from(sigma + 1)
+        gaps + self.log2(silent) + self.log2(n - degree) - self.log2(n) - self.log2(silent - degree)
     }
 
     /// Condition 2: the tail is added up from its far end until it is too heavy.
     fn corrupted_neighbours(&self, n: u32, degree: u32, corrupted: u32, sigma: u32) -> u32 {
-        let bound = (-f64::from(sigma + 1) - f64::from(n).log2()).exp2();
+        let bound = (-f64::from(sigma.saturating_add(1)) - f64::from(n).log2()).exp2();
         let mut tail = 0.0;
         for x in (1..=corrupted.min(degree)).rev() {
             tail += self.hypergeometric(n - 1, corrupted, degree, x);
@@ -300,12 +324,11 @@ impl Factorials {
         0
     }
 
-    /// Condition 4.
-    fn has_shares(&self, n: u32, degree: u32, threshold: u32, dropouts: u32, eta: u32) -> bool {
-        let bound = (-f64::from(eta) - f64::from(n).log2()).exp2();
-        let present = n.saturating_sub(dropouts + 1);
+    /// Condition 4: the bound on the chance that some device has fewer than `threshold` neighbours left.
+    fn log2_short_of_shares(&self, n: u32, degree: u32, threshold: u32, dropouts: u32) -> f64 {
+        let present = n - 1 - dropouts;
         let short: f64 = (0..threshold).map(|x| self.hypergeometric(n - 1, present, degree, x)).sum();
-        short <= bound
+        f64::from(n).log2() + short.log2()
     }
 
     /// P[Hyp(population, marked, draws) = x].
@@ -319,80 +342,4 @@ impl Factorials {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SIZES: [u32; 6] = [50, 100, 200, 500, 1000, 5000];
-
-    /// (gamma, delta) in thousandths and (k, t) for each of [`SIZES`], sigma 40, eta 20.
-    const GOLDEN: [(u32, u32, [(u32, u32); 6]); 6] = [
-        (50, 50, [(8, 6), (16, 11), (30, 21), (44, 31), (52, 37), (58, 41)]),
-        (50, 100, [(14, 9), (26, 16), (42, 27), (66, 44), (78, 52), (92, 61)]),
-        (100, 100, [(16, 11), (32, 22), (56, 39), (82, 57), (96, 67), (116, 81)]),
-        (100, 200, [(26, 16), (52, 32), (88, 55), (154, 98), (196, 125), (260, 166)]),
-        (200, 200, [(32, 22), (62, 42), (118, 80), (220, 150), (302, 206), (442, 301)]),
-        (330, 100, [(28, 23), (54, 44), (98, 78), (168, 132), (218, 171), (292, 228)]),
-    ];
-
-    #[test]
-    fn golden_table() {
-        for (gamma, delta, row) in GOLDEN {
-            let assumptions = Assumptions::new(gamma, delta, 40, 20).unwrap();
-            for (n, (degree, threshold)) in SIZES.into_iter().zip(row) {
-                let found = solve_sparse(n, &assumptions, u32::MAX).unwrap();
-                assert_eq!(found, Degrees { degree, threshold }, "{gamma} {delta} {n}");
-                if degree <= DEGREE_MAX {
-                    let dropouts = part(n, delta);
-                    assert_eq!(check(n, found, gamma, dropouts, 40), Ok(()));
-                    let lower = Degrees { threshold: threshold - 1, degree };
-                    let error = check(n, lower, gamma, dropouts, 40).unwrap_err();
-                    assert!(matches!(error, ParameterError::Equivocation { .. }), "{error}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn small_cohorts_are_fully_connected() {
-        let assumptions = Assumptions::new(100, 200, 40, 20).unwrap();
-        for n in 4..FULL_GRAPH_BELOW {
-            let degrees = solve(n, &assumptions).unwrap();
-            assert_eq!(degrees.degree, n - 1);
-            assert_eq!(check(n, degrees, 100, part(n, 200), 40), Ok(()));
-        }
-        assert_eq!(solve(16, &assumptions).unwrap(), Degrees { degree: 15, threshold: 9 });
-        assert_eq!(solve(64, &assumptions).unwrap().degree % 2, 0);
-    }
-
-    #[test]
-    fn refuses_what_cannot_be_and_says_why() {
-        let says = |outcome: Result<Degrees, ParameterError>, expected: &str| {
-            let error = outcome.unwrap_err().to_string();
-            assert!(error.starts_with(expected), "{error}");
-        };
-        assert!(Assumptions::new(100, 401, 40, 20).is_err());
-        assert!(Assumptions::new(0, 0, 0, 20).is_err() && Assumptions::new(0, 0, 40, 129).is_err());
-        let lossy = Assumptions::new(100, 400, 40, 20).unwrap();
-        says(solve(10, &lossy), "10 devices, all neighbours: 6 shares must be there, 5 are left after 4");
-        says(solve(1, &lossy), "1 devices make no cohort");
-        let hard = Assumptions::new(200, 200, 40, 20).unwrap();
-        says(solve(1000, &hard), "1000 devices: no degree up to 254 satisfies all conditions");
-    }
-
-    #[test]
-    fn a_device_refuses_degrees_that_do_not_protect_it() {
-        let refused = |n, degree, threshold, expected: &str| {
-            let error = check(n, Degrees { degree, threshold }, 100, n / 5, 40).unwrap_err().to_string();
-            assert!(error.starts_with(expected), "{error}");
-        };
-        refused(100, 51, 40, "degree 51 among 100 devices: even");
-        refused(100, 100, 60, "degree 100 among 100 devices");
-        refused(1000, 256, 200, "degree 256 among 1000 devices");
-        refused(100, 0, 0, "degree 0");
-        refused(100, 52, 53, "threshold 53 with 52 neighbours");
-        refused(1000, 10, 10, "degree 10 among 1000 devices: the honest survivors may not be connected");
-        refused(100, 52, 27, "threshold 27 with 52 neighbours");
-        assert!(check(1, Degrees { degree: 0, threshold: 0 }, 0, 0, 40).is_err());
-        assert!(check(u32::MAX, Degrees { degree: u32::MAX - 1, threshold: 1 }, 0, 0, 1).is_err());
-    }
-}
+mod tests;
