@@ -28,7 +28,7 @@ impl Graph {
     /// below it an odd degree counts as the even one beneath.
     #[must_use]
     pub fn new(n: u32, degree: u32, seed: &[u8; 32]) -> Self {
-        if degree + 1 >= n {
+        if degree.saturating_add(1) >= n {
             return Self { degree: n.saturating_sub(1), ring: Vec::new(), place: Vec::new(), members: n };
         }
         let ring = permutation(n, seed);
@@ -117,18 +117,47 @@ impl Stream {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use sha2::{Digest, Sha256};
 
-    #[test]
-    fn frozen_ring() {
-        let mut seed = [0; 32];
-        for (byte, value) in seed.iter_mut().zip(0..) {
-            *byte = value;
-        }
-        // Computed by an independent implementation of the rule above (Python, RFC 8439 ChaCha20).
-        assert_eq!(permutation(10, &seed), FROZEN);
+    // The frozen values were computed by another implementation of the rule above (Python, with OpenSSL's
+    // ChaCha20).
+
+    fn frozen_seed() -> [u8; 32] {
+        std::array::from_fn(|i| i.to_le_bytes()[0])
     }
 
-    const FROZEN: [u32; 10] = [6, 1, 9, 7, 0, 2, 4, 5, 8, 3];
+    #[test]
+    fn frozen_rings() {
+        let ring = permutation(10, &frozen_seed());
+        assert_eq!(ring, [6, 1, 9, 7, 0, 2, 4, 5, 8, 3]);
+        let bytes: Vec<u8> =
+            permutation(1000, &frozen_seed()).into_iter().flat_map(u32::to_le_bytes).collect();
+        let expected = "28ddd04059b08eb4024d193c186e50bddefef3caff37f67139097ded1b53ab09";
+        assert_eq!(hex::encode(Sha256::digest(bytes)), expected);
+    }
+
+    #[test]
+    fn frozen_neighbours() {
+        let check = |n, degree, member, expected: &[u32]| {
+            assert_eq!(Graph::new(n, degree, &frozen_seed()).neighbours(member), expected);
+        };
+        check(10, 4, 0, &[2, 4, 7, 9]);
+        check(10, 4, 3, &[1, 5, 6, 8]);
+        check(10, 9, 3, &[0, 1, 2, 4, 5, 6, 7, 8, 9]);
+        check(1000, 8, 0, &[185, 283, 619, 745, 773, 876, 945, 953]);
+        check(1000, 8, 999, &[198, 280, 294, 394, 466, 614, 677, 966]);
+        check(65_536, 4, 65_535, &[21_289, 33_241, 52_213, 58_058]);
+    }
+
+    #[test]
+    fn numbers_above_the_last_multiple_are_drawn_again() {
+        let (mut all, mut below) = (Stream::new(&frozen_seed()), Stream::new(&frozen_seed()));
+        let bound = 0x8000_0001;
+        let expected: Vec<u32> = (0..200).map(|_| all.next()).filter(|drawn| *drawn < bound).collect();
+        let found: Vec<u32> = expected.iter().map(|_| below.below(bound)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(found[5..7], [1_283_312_818, 1_777_274_431]);
+    }
 
     #[test]
     fn every_order_is_as_likely_as_any_other() {
@@ -143,6 +172,33 @@ mod tests {
         let chi: f64 = counts.values().map(|c| (f64::from(*c) - expected).powi(2) / expected).sum();
         assert_eq!(counts.len(), 24);
         assert!(chi < 49.7, "chi-square {chi} with 23 degrees of freedom; 49.7 at 0.1 %");
+    }
+
+    #[test]
+    fn every_member_is_as_often_at_every_place() {
+        let (n, draws) = (32, 8000u32);
+        let mut counts = vec![0u32; n * n];
+        for i in 0..draws {
+            let mut seed = [7; 32];
+            seed[..4].copy_from_slice(&i.to_le_bytes());
+            let ring = permutation(u32::try_from(n).unwrap(), &seed);
+            ring.iter().enumerate().for_each(|(at, member)| counts[at * n + *member as usize] += 1);
+        }
+        let expected = f64::from(draws) / n as f64;
+        let chi: f64 = counts.iter().map(|c| (f64::from(*c) - expected).powi(2) / expected).sum();
+        // Rows and columns have fixed sums; with the factor (n-1)/n the sum has (n-1)^2 degrees of freedom.
+        let chi = chi * (n - 1) as f64 / n as f64;
+        assert!(chi < 1100.0, "chi-square {chi} with 961 degrees of freedom; 1100 at 0.1 %");
+    }
+
+    #[test]
+    fn sizes_that_make_no_graph_have_no_neighbours() {
+        for (n, degree) in [(0, 0), (1, 0), (1, 5), (9, 0), (9, 1)] {
+            let graph = Graph::new(n, degree, &[1; 32]);
+            assert!((0..=n).all(|member| graph.neighbours(member).is_empty()), "{n} {degree}");
+        }
+        assert_eq!(Graph::new(9, u32::MAX, &[1; 32]).degree(), 8);
+        assert_eq!(Graph::new(9, 5, &[1; 32]), Graph::new(9, 4, &[1; 32]));
     }
 
     proptest! {

@@ -1,6 +1,9 @@
 //! A Merkle tree over the roster: each device learns its own entry and its neighbours', and one root that
 //! binds all of them to the same roster. Hashing and shape as in RFC 6962, section 2.1: 0x00 before a leaf,
 //! 0x01 before an inner node, and the left subtree the largest power of two below the number of leaves.
+//!
+//! The root does not say how many leaves there are: many a path also fits a tree of one leaf more. Whoever
+//! relies on the number must sign or hash it too, as the confirmation of the survivors does.
 
 use sha2::{Digest, Sha256};
 
@@ -116,6 +119,34 @@ mod tests {
     }
 
     #[test]
+    fn paths_are_those_of_certificate_transparency() {
+        let two = "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e";
+        let five = "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b";
+        let zeros = "96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7";
+        let upper = "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4";
+        let pair = "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0";
+        let check = |index: u32, n: usize, expected: &[&str]| {
+            let path = RosterTree::new(leaves(n)).path(index);
+            assert_eq!(path.iter().map(hex::encode).collect::<Vec<_>>(), expected, "{index} of {n}");
+        };
+        check(0, 1, &[]);
+        check(0, 8, &[zeros, two, upper]);
+        check(5, 8, &[five, pair, ROOTS[3]]);
+        check(2, 3, &[ROOTS[1]]);
+        check(1, 5, &[ROOTS[0], two, five]);
+    }
+
+    /// Computed by the recursive definition of RFC 6962, section 2.1 (Python).
+    #[test]
+    fn a_larger_tree() {
+        let tree = RosterTree::new((0..1000u32).map(|i| leaf_hash(&i.to_le_bytes())).collect());
+        let root = "092174a4201b998bd263ae09fea0f0306b4d6434565b19350513ce5fae499dbe";
+        assert_eq!(hex::encode(tree.root()), root);
+        let path = "34743480da3f60cca867e1007b1d69ad8ed032c89b311d1832b02a61537ca51e";
+        assert_eq!(hex::encode(Sha256::digest(tree.path(777).concat())), path);
+    }
+
+    #[test]
     fn every_leaf_has_its_path_and_only_its_own() {
         for n in 1u32..40 {
             let leaves: Vec<Hash> = (0..n).map(|i| leaf_hash(&i.to_le_bytes())).collect();
@@ -133,6 +164,18 @@ mod tests {
         }
     }
 
+    /// Second preimages: an inner node, or its two children as an entry, must not pass for a leaf.
+    #[test]
+    fn an_inner_node_is_no_leaf() {
+        let (all, tree) = (leaves(8), RosterTree::new(leaves(8)));
+        let path = tree.path(0);
+        let inner = node_hash(&all[0], &all[1]);
+        assert!(!verify_path(&tree.root(), 8, 0, &inner, &path[1..]));
+        let children = leaf_hash(&[all[0], all[1]].concat());
+        assert!(!verify_path(&tree.root(), 4, 0, &children, &path[1..]));
+        assert!(!verify_path(&tree.root(), 0, 0, &all[0], &[]));
+    }
+
     #[test]
     fn every_flipped_bit_is_refused() {
         let tree = RosterTree::new(leaves(7));
@@ -142,6 +185,15 @@ mod tests {
                 let mut forged = path.clone();
                 forged[bit / 256][bit / 8 % 32] ^= 1 << (bit % 8);
                 assert!(!verify_path(&tree.root(), 7, i, &leaf, &forged));
+            }
+            for bit in 0..256 {
+                let flipped = |hash: &Hash| {
+                    let mut forged = *hash;
+                    forged[bit / 8] ^= 1 << (bit % 8);
+                    forged
+                };
+                assert!(!verify_path(&tree.root(), 7, i, &flipped(&leaf), &path));
+                assert!(!verify_path(&flipped(&tree.root()), 7, i, &leaf, &path));
             }
         }
     }
