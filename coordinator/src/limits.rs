@@ -18,6 +18,8 @@ pub const ATTEMPT_DELAY_MS_MAX: u64 = 60_000;
 pub const COMMIT_DELAY_MS_MIN: u64 = 1_000;
 /// Longest delay before a failed commit is offered again: a full disk is noticed within a minute of its repair.
 pub const COMMIT_DELAY_MS_MAX: u64 = 60_000;
+/// Devices that a task shuts out for shares that broke an attempt; each broke one, so this is never near.
+pub const EXCLUDED_MAX: usize = 1 << 16;
 /// Span over which arrivals are counted for pace steering.
 pub const PACE_SPAN_MS: u64 = 10_000;
 /// Most that a retry window is stretched under load.

@@ -30,7 +30,7 @@ pub use pace::PacePolicy;
 pub use secure::{OpenedCohort, OpeningWork};
 pub use task::{TaskSpec, TaskStatus};
 
-use crate::limits::{COMMIT_DELAY_MS_MAX, COMMIT_DELAY_MS_MIN, backoff_ms};
+use crate::limits::{COMMIT_DELAY_MS_MAX, COMMIT_DELAY_MS_MIN, EXCLUDED_MAX, backoff_ms};
 use answers::Answers;
 use contribution::{read_update, submitted_digest};
 use ed25519_dalek::SigningKey;
@@ -425,13 +425,9 @@ impl Core {
         let Stage::Open(open) = &task.stage else { return };
         let commit = Ending { setup: &self.setup, id, version, now }.commit(task, open);
         self.versions_issued += u64::from(commit.release.is_some());
-        // Devices whose shares broke the attempt are not let into the next one; a new round forgives.
-        let blamed = open.round.blamed();
-        if commit.progress.round == task.progress.round {
-            task.excluded.extend(blamed);
-        } else {
-            task.excluded.clear();
-        }
+        // A round that shares were revealed for is given up, so a forgiving next one would be broken as well.
+        let room = EXCLUDED_MAX.saturating_sub(task.excluded.len());
+        task.excluded.extend(open.round.blamed().into_iter().take(room));
         if let Some(record) = commit.record.clone() {
             self.events.push(CoreEvent::RoundEnded { task: name.clone(), record });
         }

@@ -76,7 +76,7 @@ pub(super) struct Task {
     pub(super) stage: Stage,
     /// When the task last took a device, as a count: tasks take turns.
     pub(super) last_turn: u64,
-    /// Devices whose shares broke an earlier attempt at the round that is due.
+    /// Devices whose shares broke an earlier attempt: they would break the next one too.
     pub(super) excluded: BTreeSet<DeviceId>,
 }
 

@@ -22,7 +22,7 @@ pub struct SecureSetup {
     pub population: String,
     /// Who certifies devices.
     pub registrars: Registrars,
-    /// Devices that broke an earlier attempt at this round: not let in again.
+    /// Devices that broke an earlier attempt of the task: not let in again.
     pub excluded: BTreeSet<DeviceId>,
     /// Longest time of one step, milliseconds.
     pub step_ms: u64,
@@ -51,7 +51,7 @@ pub enum SecureError {
     #[error("the device has not advertised")]
     NotAdvertised,
     /// The device has broken an earlier attempt.
-    #[error("the device's shares broke an earlier attempt at this round")]
+    #[error("the device's shares broke an earlier attempt")]
     Excluded,
     /// Its keys are refused.
     #[error(transparent)]
@@ -123,9 +123,10 @@ impl SecureAggregate {
         Self { setup, stage, tickets: BTreeMap::new(), seats: Vec::new(), blamed: BTreeSet::new() }
     }
 
-    /// Devices that have advertised.
+    /// Devices that have advertised and not withdrawn since.
     pub(super) fn advertised(&self) -> u32 {
-        u32::try_from(self.tickets.len()).expect("bounded by the selection")
+        let there = self.tickets.values().filter(|ticket| !ticket.gone).count();
+        u32::try_from(there).expect("bounded by the selection")
     }
 
     pub(super) fn has_advertised(&self, participant: Participant) -> bool {
@@ -325,7 +326,7 @@ impl SecureAggregate {
                 Some(opened)
             }
             Err(error) => {
-                self.blamed.extend(&error.owners);
+                self.blamed.extend(&error.blamed);
                 run.state = State::Failed(error.to_string());
                 None
             }

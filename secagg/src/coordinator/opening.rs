@@ -11,7 +11,7 @@ use crate::{
     session_id::Terms,
     shamir::join_checked,
 };
-use std::thread;
+use std::{collections::BTreeSet, thread};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -51,8 +51,11 @@ pub struct Opened {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the secrets of {} devices cannot be rebuilt from the shares revealed", owners.len())]
 pub struct OpenError {
-    /// Whose secrets. With enough shares there, these devices sealed wrong ones.
+    /// Whose secrets.
     pub owners: Vec<DeviceId>,
+    /// Those among them that must have sealed wrong shares: enough of them came from neighbours whose shares
+    /// of other secrets were right. Too few shares, or a neighbour's lie, are nobody's blame.
+    pub blamed: Vec<DeviceId>,
     /// Shares known to be wrong.
     pub suspicions: Vec<Suspicion>,
 }
@@ -76,7 +79,7 @@ impl Opening {
     pub fn run(mut self, threads: usize) -> Result<Opened, OpenError> {
         let threads = threads.max(1);
         let recovered = self.recover_all(threads);
-        let mut error = OpenError { owners: Vec::new(), suspicions: Vec::new() };
+        let mut error = OpenError { owners: Vec::new(), blamed: Vec::new(), suspicions: Vec::new() };
         let mut masks = Vec::new();
         for recovered in recovered {
             match recovered {
@@ -88,6 +91,7 @@ impl Opening {
             }
         }
         if !error.owners.is_empty() {
+            error.blamed = self.blamed(&error);
             return Err(error);
         }
         add_masks_parallel(self.terms.suite, &mut self.sum, &masks, threads);
@@ -160,6 +164,30 @@ impl Opening {
         // A survivor with a key of low order would have made the dropout abort instead of sharing.
         let masks = survivors.iter().filter_map(mask).collect();
         Some(Some(Recovered { masks, suspicions }))
+    }
+
+    fn blamed(&self, error: &OpenError) -> Vec<DeviceId> {
+        let failed: BTreeSet<DeviceId> = error.owners.iter().copied().collect();
+        let liars: BTreeSet<DeviceId> = error.suspicions.iter().map(|suspicion| suspicion.revealer).collect();
+        let id = |place: u32| self.members[place as usize].advertisement.id();
+        let (failed, rebuilt): (Vec<u32>, Vec<u32>) = (0..)
+            .zip(&self.members)
+            .filter(|(_, member)| member.bundle.is_some())
+            .map(|(place, _)| place)
+            .partition(|place| failed.contains(&id(*place)));
+        let mut proven: BTreeSet<u32> = rebuilt.iter().flat_map(|owner| self.revealers(*owner)).collect();
+        proven.retain(|revealer| !liars.contains(&id(*revealer)));
+        let right = |owner: u32| self.revealers(owner).filter(|revealer| proven.contains(revealer)).count();
+        failed.into_iter().filter(|owner| right(*owner) >= self.threshold).map(id).collect()
+    }
+
+    /// The neighbours that revealed a share of the secret of `owner`.
+    fn revealers(&self, owner: u32) -> impl Iterator<Item = u32> {
+        let has_share = move |peer: &u32| {
+            let reveal = self.members[*peer as usize].reveal.as_ref();
+            reveal.is_some_and(|r| r.shares.binary_search_by_key(&owner, |(of, _)| *of).is_ok())
+        };
+        self.members[owner as usize].neighbours.iter().copied().filter(has_share)
     }
 
     /// Rebuilds the secret of `owner` from what its neighbours revealed.
