@@ -2,6 +2,7 @@
 //! (`tests/calls.rs`).
 
 mod calls;
+mod secure;
 mod world;
 
 use crate::{Core, CoreError, CoreEvent, RoundOutcome, ServerOptimizer, TaskProgress};

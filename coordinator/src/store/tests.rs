@@ -2,7 +2,8 @@
 
 use super::{Store, StoreError};
 use crate::{
-    Commit, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress, config::Storage, machine::CommitId,
+    AggregationRecord, CohortRecord, Commit, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress,
+    config::Storage, machine::CommitId,
 };
 use fleetune_proto::{Digest, Name, ReleaseManifest, UnixMillis};
 use std::{path::Path, sync::Arc};
@@ -37,6 +38,7 @@ fn commit(round: u32, attempt: u32, failed: bool) -> Commit {
         completed: 3,
         withdrawn: 1,
         update_norm: (!failed).then_some(0.25),
+        aggregation: aggregation(failed),
         opened_unix_ms: 10,
         finished_unix_ms: 20,
     };
@@ -51,6 +53,18 @@ fn commit(round: u32, attempt: u32, failed: bool) -> Commit {
         record: (round > 0 || failed).then_some(record),
         release: None,
     }
+}
+
+fn aggregation(failed: bool) -> AggregationRecord {
+    let cohort = CohortRecord {
+        members: 4,
+        degree: 3,
+        threshold: 2,
+        dropouts: [0, 1, 0, u32::from(failed)],
+        survivors: (!failed).then_some(3),
+        failure: failed.then(|| "its sum was not opened in time".into()),
+    };
+    AggregationRecord { protocol: "secagg+".into(), cohorts: vec![cohort] }
 }
 
 fn release(version: u64, adapter: Digest) -> PublishedRelease {
@@ -172,7 +186,10 @@ async fn a_damaged_blob_is_found_when_it_is_read() {
 async fn an_unknown_schema_is_refused_and_so_is_a_file_that_is_no_database() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path()).await.unwrap();
-    sqlx::query("UPDATE _sqlx_migrations SET version = 2").execute(&store.pool).await.unwrap();
+    sqlx::query("UPDATE _sqlx_migrations SET version = 3 WHERE version = 2")
+        .execute(&store.pool)
+        .await
+        .unwrap();
     drop(store);
     let error = open(folder.path()).await.err().unwrap();
     assert!(matches!(error, StoreError::Schema { .. }), "{error}");
@@ -183,6 +200,23 @@ async fn an_unknown_schema_is_refused_and_so_is_a_file_that_is_no_database() {
     )
     .unwrap();
     assert!(open(other.path()).await.is_err());
+}
+
+#[tokio::test]
+async fn the_records_of_the_first_schema_are_read_after_the_migration() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = begun(folder.path()).await;
+    store.keep(&commit(1, 0, false)).await.unwrap();
+    for statement in
+        ["ALTER TABLE rounds DROP COLUMN aggregation", "DELETE FROM _sqlx_migrations WHERE version = 2"]
+    {
+        sqlx::query(statement).execute(&store.pool).await.unwrap();
+    }
+    drop(store);
+    let store = open(folder.path()).await.unwrap();
+    let record =
+        RoundRecord { aggregation: AggregationRecord::default(), ..commit(1, 0, false).record.unwrap() };
+    assert_eq!(store.rounds(&name("lora")).await.unwrap(), [record]);
 }
 
 #[tokio::test]

@@ -1,25 +1,20 @@
 //! A world in virtual time: one core, some device machines, a disk that can be full. Training is made up,
-//! everything else is what ships.
+//! everything else is what ships. What a device may suffer is in `world/actor.rs`.
 
-use crate::{Commit, Core, CoreEvent, CoreSetup, PacePolicy, ServerOptimizer, TaskProgress, TaskSpec};
-use ed25519_dalek::SigningKey;
-use fleetune_model::{
-    adapter::LoraConfig,
-    adapter_formats::from_gguf_lora,
-    base::{BaseModel, LayerWeights, ModelParts},
-    config::{ModelConfig, Projection},
-    gguf::Metadata,
-    tokenizer::{SpecialTokens, train_bpe},
-    weights::{WeightFormat, WeightMatrix},
-};
-use fleetune_privacy::ClippingNorm;
+mod actor;
+mod made_up;
+
+pub(super) use actor::{Actor, Fault, Step};
+pub(super) use made_up::{made_up_delta, name, secure_spec, setup, spec, trust_root};
+
+use crate::{Commit, Core, CoreEvent, OpeningWork, RoundRecord, TaskProgress, TaskSpec};
+use fleetune_model::{adapter_formats::from_gguf_lora, base::BaseModel};
 use fleetune_proto::{
-    AggregationPlan, AggregationProtocol, CallFailure, Digest, Name, Optimizer, TrainingPlan, TrustRoot,
-    UnixMillis,
-    device::{Action, Device, DeviceFloors, DeviceSetup, Event, Request, Response},
-    round::RoundPolicy,
+    CallFailure, Digest, FailureKind, UnixMillis,
+    device::{Action, Request, Response},
+    wire::{AdvertiseKeysResponse, advertise_keys_response::Outcome},
 };
-use fleetune_secagg::RingBits;
+use made_up::tiny_base;
 use std::{collections::BTreeMap, sync::Arc};
 
 pub(super) struct World {
@@ -30,16 +25,15 @@ pub(super) struct World {
     pub(super) commits: Vec<Commit>,
     pub(super) events: Vec<CoreEvent>,
     pub(super) disk_full: bool,
+    /// Openings are taken and not brought back.
+    pub(super) openings_stuck: bool,
+    pub(super) stuck: Vec<OpeningWork>,
+    /// Calls that have reached the core, with the device that made them.
+    pub(super) calls: Vec<(usize, Request)>,
+    /// The root of the roster that each device was given last.
+    pub(super) roots: BTreeMap<usize, Vec<u8>>,
     pub(super) base: Arc<BaseModel>,
     pub(super) base_digest: Digest,
-}
-
-pub(super) struct Actor {
-    pub(super) device: Device,
-    pub(super) events: Vec<Event>,
-    pub(super) alive: bool,
-    pub(super) training_ms: u64,
-    training: Option<(UnixMillis, Vec<f32>)>,
 }
 
 impl World {
@@ -55,6 +49,10 @@ impl World {
             commits: Vec::new(),
             events: Vec::new(),
             disk_full: false,
+            openings_stuck: false,
+            stuck: Vec::new(),
+            calls: Vec::new(),
+            roots: BTreeMap::new(),
             base,
             base_digest,
         }
@@ -70,6 +68,14 @@ impl World {
         self.core.add_task(spec, self.base.clone(), self.base_digest, resume, self.now).unwrap();
     }
 
+    /// The coordinator's process dies and comes back with what was committed.
+    pub(super) fn restart_core(&mut self, spec: TaskSpec) {
+        let progress = TaskProgress::clone(self.progress());
+        self.core = Core::new(setup(77));
+        self.stuck.clear();
+        self.add_task(spec, Some(progress));
+    }
+
     /// Runs until `done`; a world in which nothing happens any more is a failed test.
     pub(super) fn run_until(&mut self, done: impl Fn(&Self) -> bool) {
         for _ in 0..100_000 {
@@ -79,6 +85,7 @@ impl World {
             }
             self.now = self.next_time().expect("something is still to happen");
             self.core.handle_timeout(self.now);
+            self.open_sums();
         }
         panic!("never done; events: {:?}", self.events);
     }
@@ -87,8 +94,31 @@ impl World {
         self.run_until(|world| world.core.is_finished());
     }
 
+    /// Runs until so many attempts have ended.
+    pub(super) fn run_attempts(&mut self, attempts: usize) {
+        self.run_until(|world| world.records().len() >= attempts);
+    }
+
     pub(super) fn progress(&self) -> &TaskProgress {
         &self.commits.last().expect("something was committed").progress
+    }
+
+    /// The attempts that have ended.
+    pub(super) fn records(&self) -> Vec<RoundRecord> {
+        self.commits.iter().filter_map(|commit| commit.record.clone()).collect()
+    }
+
+    /// A call as it reaches the core.
+    pub(super) fn call(&mut self, request: Request) -> Result<Response, CallFailure> {
+        let answer = call(&mut self.core, request, self.now);
+        self.open_sums();
+        answer
+    }
+
+    /// Lets a message go that [`Fault::Hold`] stopped.
+    pub(super) fn deliver_held(&mut self, index: usize) {
+        let request = self.actors[index].held.take().expect("a message is held");
+        self.deliver(index, request);
     }
 
     fn exhaust_now(&mut self) {
@@ -118,9 +148,20 @@ impl World {
         self.events.extend(self.core.poll_events());
     }
 
+    fn open_sums(&mut self) {
+        while let Some(work) = self.core.poll_opening() {
+            if self.openings_stuck {
+                self.stuck.push(work);
+            } else {
+                self.core.handle_opened(work.run(2), self.now);
+            }
+        }
+    }
+
     fn act(&mut self, index: usize) -> bool {
         let now = self.now;
         let actor = &mut self.actors[index];
+        actor.restart_if_due(now);
         if !actor.alive {
             return false;
         }
@@ -130,13 +171,10 @@ impl World {
         let action = actor.device.poll_action(now);
         let acted = action.is_some();
         match action {
-            Some(Action::Call(request)) => {
-                let answer = call(&mut self.core, request, now);
-                let device = &mut self.actors[index].device;
-                match answer {
-                    Ok(response) => device.handle_response(response, now),
-                    Err(failure) => device.handle_call_failed(&failure, now),
-                }
+            Some(Action::Call(request)) => self.send(index, request),
+            Some(Action::Keep(record)) => {
+                actor.record = Some(record);
+                actor.device.handle_kept(now);
             }
             Some(Action::Choose(policy)) => {
                 actor.device.handle_choice(policy.tasks.into_iter().map(|offer| offer.task).collect(), now);
@@ -151,7 +189,7 @@ impl World {
             }
             Some(Action::Install(order)) => {
                 from_gguf_lora(&self.blobs[&order.manifest.adapter], &self.base).unwrap();
-                actor.device.handle_installed(now);
+                actor.installed(order.manifest.version, now);
             }
             None => {}
         }
@@ -160,32 +198,58 @@ impl World {
         acted
     }
 
-    fn next_time(&self) -> Option<UnixMillis> {
-        let actors = self.actors.iter().filter(|actor| actor.alive);
-        let devices = actors.filter_map(|actor| match &actor.training {
-            Some((at, _)) => Some(*at),
-            None => actor.device.poll_timeout(),
+    /// A device's message leaves, unless a fault has other plans.
+    fn send(&mut self, index: usize, mut request: Request) {
+        let now = self.now;
+        let actor = &mut self.actors[index];
+        let fault = Step::of(&request).and_then(|step| {
+            actor.check_repetition(step, &request, now);
+            actor.faults.remove(&step)
         });
+        if let Some(tamper) = actor.tamper {
+            tamper(&mut request);
+        }
+        match fault {
+            None => self.deliver(index, request),
+            Some(Fault::Vanish) => actor.alive = false,
+            Some(Fault::Hold) => actor.held = Some(request),
+            Some(Fault::CrashBefore(ms)) => actor.crash(now.plus(ms)),
+            Some(Fault::CrashAfter(ms)) => {
+                self.arrive(index, request).unwrap();
+                self.actors[index].crash(now.plus(ms));
+            }
+            Some(Fault::LoseAnswer) => {
+                self.arrive(index, request).unwrap();
+                let failure = CallFailure::new(FailureKind::Unavailable, "the answer is lost");
+                self.actors[index].device.handle_call_failed(&failure, now);
+            }
+        }
+    }
+
+    fn deliver(&mut self, index: usize, request: Request) {
+        let answer = self.arrive(index, request);
+        let (device, now) = (&mut self.actors[index].device, self.now);
+        match answer {
+            Ok(response) => device.handle_response(response, now),
+            Err(failure) => device.handle_call_failed(&failure, now),
+        }
+    }
+
+    fn arrive(&mut self, index: usize, request: Request) -> Result<Response, CallFailure> {
+        self.calls.push((index, request.clone()));
+        let answer = self.call(request);
+        if let Ok(Response::AdvertiseKeys(AdvertiseKeysResponse { outcome: Some(Outcome::Roster(roster)) })) =
+            &answer
+        {
+            self.roots.insert(index, roster.root.clone());
+        }
+        answer
+    }
+
+    fn next_time(&self) -> Option<UnixMillis> {
+        let devices = self.actors.iter().filter_map(Actor::next_time);
         let next = devices.chain(self.core.poll_timeout()).min()?;
         Some(next.max(self.now.plus(1)))
-    }
-}
-
-impl Actor {
-    pub(super) fn new(index: u8, now: UnixMillis) -> Self {
-        let setup = DeviceSetup {
-            population: name("roles"),
-            trust_root: trust_root(),
-            device_class: "test".into(),
-            floors: DeviceFloors {
-                protocols: vec![AggregationProtocol::InsecurePlaintext],
-                ..Default::default()
-            },
-            release_version: 0,
-            release_version_max: 0,
-        };
-        let device = Device::new(setup, [index; 32], now);
-        Self { device, events: Vec::new(), alive: true, training_ms: 500, training: None }
     }
 }
 
@@ -199,113 +263,21 @@ pub(super) fn call(core: &mut Core, request: Request, now: UnixMillis) -> Result
             core.handle_write_chunk(&request, now).map(Response::WriteBlobChunk)
         }
         Request::SubmitUpdate(request) => core.handle_submit(&request, now).map(Response::SubmitUpdate),
+        Request::AdvertiseKeys(request) => {
+            core.handle_advertise_keys(&request, now).map(Response::AdvertiseKeys)
+        }
+        Request::ShareKeys(request) => core.handle_share_keys(&request, now).map(Response::ShareKeys),
+        Request::SubmitMaskedUpdate(request) => {
+            core.handle_submit_masked(&request, now).map(Response::SubmitMaskedUpdate)
+        }
+        Request::ConfirmSurvivors(request) => {
+            core.handle_confirm_survivors(&request, now).map(Response::ConfirmSurvivors)
+        }
+        Request::RevealShares(request) => {
+            core.handle_reveal_shares(&request, now).map(Response::RevealShares)
+        }
         Request::ReportRelease(request) => {
             core.handle_report_release(&request, now).map(|_| Response::ReportRelease)
         }
     }
-}
-
-pub(super) fn name(text: &str) -> Name {
-    Name::parse("test", text).unwrap()
-}
-
-pub(super) fn setup(seed: u8) -> CoreSetup {
-    let pace =
-        PacePolicy { soon_ms: 200, idle_ms_min: 5_000, idle_ms_max: 10_000, check_ins_per_second_max: 1_000 };
-    let signing_key = SigningKey::from_bytes(&[9; 32]);
-    CoreSetup { population: name("roles"), signing_key, pace, upload_slots: 2, seed: [seed; 32] }
-}
-
-pub(super) fn trust_root() -> TrustRoot {
-    TrustRoot::new(&[SigningKey::from_bytes(&[9; 32]).verifying_key().to_bytes()], 1).unwrap()
-}
-
-/// Three rounds of `cohort` devices, all of which are awaited.
-pub(super) fn spec(cohort: u32) -> TaskSpec {
-    TaskSpec {
-        name: name("lora"),
-        lora: LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-            targets: vec![Projection::Q, Projection::V],
-            freeze_a: false,
-            init_seed: 7,
-        },
-        training: TrainingPlan {
-            steps: 2,
-            batch_size: 1,
-            block_tokens: 16,
-            learning_rate: 1e-3,
-            learning_rate_final_fraction: 1.0,
-            gradient_clip: Some(1.0),
-            optimizer: Optimizer::Sgd { momentum: 0.0 },
-            examples_min: 1,
-        },
-        aggregation: AggregationPlan {
-            protocol: AggregationProtocol::InsecurePlaintext,
-            clipping_norm: ClippingNorm::new(10.0).unwrap(),
-            ring_bits: RingBits::new(32).unwrap(),
-            summands_max: 16,
-            summands_min: 2,
-        },
-        rounds: 3,
-        round_policy: RoundPolicy {
-            report_goal: cohort,
-            selected_max: cohort,
-            reports_min: 2,
-            selection_ms: 1_000,
-            report_ms: 20_000,
-        },
-        server_optimizer: ServerOptimizer::FedAvg { learning_rate: 1.0 },
-        expires: UnixMillis(1_000_000_000),
-        release_valid_ms: 1_000_000_000,
-    }
-}
-
-/// What device `index` learns in a round, far inside the clipping norm.
-pub(super) fn made_up_delta(index: usize, round: u32, dimension: usize) -> Vec<f32> {
-    let (index, round) = (index as u64, u64::from(round));
-    let value = |i: u64| ((i * 31 + index * 17 + round * 7) % 101) as f32 / 10_100.0 - 0.004;
-    (0..dimension as u64).map(value).collect()
-}
-
-/// A model of two layers with made-up weights, as a GGUF file.
-fn tiny_base() -> Vec<u8> {
-    let tokenizer = train_bpe(std::iter::empty(), 259, &SpecialTokens::default()).unwrap();
-    let config = ModelConfig {
-        name: "tiny".to_owned(),
-        vocab_size: tokenizer.vocab_size(),
-        hidden: 32,
-        layers: 2,
-        feed_forward: 64,
-        heads: 2,
-        kv_heads: 1,
-        head_dim: 16,
-        context_length: 64,
-        rope_base: 10_000.0,
-        rms_eps: 1e-5,
-    };
-    let layer = LayerWeights {
-        attn_norm: vec![1.0; config.hidden],
-        ffn_norm: vec![1.0; config.hidden],
-        projections: Projection::ALL.map(|projection| {
-            let (rows, cols) = projection.shape(&config);
-            matrix(rows, cols)
-        }),
-    };
-    let parts = ModelParts {
-        token_embedding: matrix(config.vocab_size, config.hidden),
-        layers: vec![layer; config.layers],
-        output_norm: vec![1.0; config.hidden],
-        output: None,
-        chat_template: None,
-        tokenizer,
-        config,
-    };
-    BaseModel::from_parts(parts).unwrap().to_gguf_bytes(&Metadata::default())
-}
-
-fn matrix(rows: usize, cols: usize) -> WeightMatrix {
-    let values: Vec<f32> = (0..rows * cols).map(|i| (i % 17) as f32 / 100.0 - 0.08).collect();
-    WeightMatrix::from_f32(&values, rows, cols, WeightFormat::Q8_0).unwrap()
 }
