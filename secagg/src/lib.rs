@@ -48,6 +48,8 @@ pub use shamir::{JoinError, Joined, SECRET_BYTES, SHARES_MAX, SharePair, join, j
 pub use sum::RunningSum;
 
 #[cfg(test)]
+mod known_answers;
+#[cfg(test)]
 mod tests;
 
 /// Most members of one cohort, and devices of one session.
