@@ -1,8 +1,9 @@
 //! The core against the shipped device machine, in virtual time (`tests/world.rs`), and call by call
-//! (`tests/calls.rs`).
+//! (`tests/calls.rs`). Under secure aggregation: `tests/secure.rs` and `tests/secure_calls.rs`.
 
 mod calls;
 mod secure;
+mod secure_calls;
 mod world;
 
 use crate::{Core, CoreError, CoreEvent, RoundOutcome, ServerOptimizer, TaskProgress};

@@ -25,7 +25,7 @@ fn all_of(cohort: u32, rounds: u32) -> TaskSpec {
 }
 
 /// The world's adapter is the start plus the mean of these devices' updates, round by round.
-fn check_adapter(world: &World, rounds: &[Vec<usize>]) {
+pub(super) fn check_adapter(world: &World, rounds: &[Vec<usize>]) {
     let layout = world.core.tasks[&name("lora")].layout.clone();
     let mut expected: Vec<f64> = Adapter::init(layout.clone()).values.iter().map(|v| f64::from(*v)).collect();
     for (round, devices) in (0..).zip(rounds) {
@@ -176,8 +176,7 @@ fn a_device_that_comes_back_in_time_repeats_itself_and_counts_once() {
 
 #[test]
 fn a_device_that_dies_at_every_step_of_every_round_still_contributes_to_all() {
-    let mut patient = all_of(5, 3);
-    patient.round_policy.selection_ms = 10_000;
+    let patient = all_of(5, 3);
     let mut calm = World::with_task(5, patient.clone());
     calm.run_to_end();
     let mut world = World::with_task(5, patient);

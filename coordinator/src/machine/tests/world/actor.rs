@@ -48,6 +48,7 @@ pub(in super::super) struct Actor {
     pub(super) training: Option<(UnixMillis, Vec<f32>)>,
     setup: DeviceSetup,
     restart_at: Option<UnixMillis>,
+    seed: [u8; 32],
     restarts: u8,
     sent: BTreeMap<(Vec<u8>, Step), Request>,
 }
@@ -88,6 +89,7 @@ impl Actor {
             training: None,
             setup,
             restart_at: None,
+            seed: [index; 32],
             restarts: 0,
             sent: BTreeMap::new(),
         }
@@ -119,7 +121,8 @@ impl Actor {
         }
         self.restarts += 1;
         self.alive = true;
-        let seed = [255 - self.restarts; 32];
+        let mut seed = self.seed;
+        seed[31] = 255 - self.restarts;
         self.device = match &self.record {
             Some(record) => Device::restore(self.setup.clone(), seed, record, now).unwrap(),
             None => Device::new(self.setup.clone(), seed, now),
