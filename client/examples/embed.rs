@@ -1,6 +1,6 @@
 //! A notes app that takes part in a fleet: everything an app writes to embed fleetune.
 //!
-//! `cargo run --example embed -- https://coordinator.example 64_HEX_DIGITS_OF_THE_TRUSTED_KEY`
+//! `cargo run --example embed -- https://coordinator.example TRUSTED_KEY REGISTRAR_KEY`, both in hexadecimal
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use fleetune_client::{
     App, ClientBuilder, Conditions, Consent, ExampleError, ExampleSource, GrpcOptions, GrpcTransport, Name,
-    TaskOffer, TrustRoot,
+    Registrars, TaskOffer, TrustRoot,
 };
 
 /// The user's notes, one a file. They stay on the device.
@@ -52,12 +52,15 @@ fn main() -> Result<()> {
     let coordinator = arguments.next().context("first argument: the coordinator's address")?;
     let mut key = [0; 32];
     hex::decode_to_slice(arguments.next().context("second argument: the trusted key")?, &mut key)?;
+    let mut registrar = [0; 32];
+    hex::decode_to_slice(arguments.next().context("third argument: the registrar's key")?, &mut registrar)?;
 
     let transport = GrpcTransport::new(&GrpcOptions { coordinator, ..GrpcOptions::default() })?;
     let app = App::new(Notes("notes".into()), OnPower, Agreed(vec!["next-word"]));
     let mut client =
         ClientBuilder::new("fleetune-state", Name::parse("population", "notes")?, TrustRoot::new(&[key], 1)?)
             .device_class("desktop")
+            .registrars(Registrars::from_keys(&[registrar])?)
             .build(transport, app)?;
 
     let stop = Arc::new(AtomicBool::new(false));

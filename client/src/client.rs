@@ -8,6 +8,7 @@ mod work;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,6 +20,7 @@ use fleetune_proto::{Digest, Name, UnixMillis};
 use crate::app::App;
 use crate::blobs::BlobStore;
 use crate::clock::Clock;
+use crate::files;
 use crate::release::{ReleaseError, ReleaseSlots, ReleaseVersions, ReleasedModel};
 use crate::state::StateLock;
 use crate::transport::Transport;
@@ -42,6 +44,7 @@ pub enum Step {
 /// One device's client. Made by [`ClientBuilder`].
 pub struct Client<T: Transport> {
     device: Device,
+    record_path: PathBuf,
     transport: T,
     app: App,
     clock: Box<dyn Clock>,
@@ -127,6 +130,10 @@ impl<T: Transport> Client<T> {
                 let tasks = self.choose(&policy);
                 self.device.handle_choice(tasks, self.clock.now());
             }
+            Action::Keep(record) => match files::write_atomically(&self.record_path, record.as_bytes()) {
+                Ok(()) => self.device.handle_kept(self.clock.now()),
+                Err(error) => self.device.handle_keep_failed(&error.to_string(), self.clock.now()),
+            },
             Action::Fetch(digest) => self.fetch(digest, stop),
             Action::Train(order) => match self.train(&order, stop) {
                 Ok(delta) => self.device.handle_trained(delta, self.clock.now()),

@@ -98,6 +98,7 @@ impl GrpcTransport {
 impl Transport for GrpcTransport {
     fn call(&mut self, request: Request) -> Result<Response, CallFailure> {
         let tasks = || TaskServiceClient::new(self.channel.clone());
+        let aggregation = || AggregationServiceClient::new(self.channel.clone());
         match request {
             Request::CheckIn(r) => self.unary(async { tasks().check_in(r).await }).map(Response::CheckIn),
             Request::ReportTaskResult(r) => {
@@ -108,8 +109,22 @@ impl Transport for GrpcTransport {
                 self.unary(blobs.write_blob_chunk(r)).map(Response::WriteBlobChunk)
             }
             Request::SubmitUpdate(r) => {
-                let mut aggregation = AggregationServiceClient::new(self.channel.clone());
-                self.unary(aggregation.submit_update(r)).map(Response::SubmitUpdate)
+                self.unary(async { aggregation().submit_update(r).await }).map(Response::SubmitUpdate)
+            }
+            Request::AdvertiseKeys(r) => {
+                self.unary(async { aggregation().advertise_keys(r).await }).map(Response::AdvertiseKeys)
+            }
+            Request::ShareKeys(r) => {
+                self.unary(async { aggregation().share_keys(r).await }).map(Response::ShareKeys)
+            }
+            Request::SubmitMaskedUpdate(r) => self
+                .unary(async { aggregation().submit_masked_update(r).await })
+                .map(Response::SubmitMaskedUpdate),
+            Request::ConfirmSurvivors(r) => {
+                self.unary(async { aggregation().confirm_survivors(r).await }).map(Response::ConfirmSurvivors)
+            }
+            Request::RevealShares(r) => {
+                self.unary(async { aggregation().reveal_shares(r).await }).map(Response::RevealShares)
             }
             Request::ReportRelease(r) => {
                 let mut releases = ReleaseServiceClient::new(self.channel.clone());

@@ -20,6 +20,7 @@ pub mod training;
 pub mod blobs;
 mod fetch;
 pub mod files;
+pub mod identity;
 pub mod release;
 mod state;
 
@@ -33,6 +34,7 @@ pub use fleetune_proto::device::{DeviceFloors, Event};
 pub use fleetune_proto::{
     AggregationProtocol, CallFailure, Digest, FailureKind, Name, TaskOffer, TrustRoot, UnixMillis,
 };
+pub use fleetune_secagg::{Certificate, Registrars};
 #[cfg(feature = "grpc")]
 pub use grpc::{GrpcOptions, GrpcTransport};
 pub use transport::Transport;

@@ -28,9 +28,13 @@ impl StateLock {
 /// The device's seed, from which its batches are drawn: `given` is kept from now on, else the one kept
 /// before, else a fresh one. It never leaves the device.
 pub(crate) fn device_seed(state: &Path, given: Option<[u8; 32]>) -> Result<[u8; 32], StoreError> {
-    let path = state.join("device-seed");
-    let kept = match files::read_if_there(&path, 64)? {
-        Some(bytes) => Some(parse_seed(&path, &bytes)?),
+    seed_in(&state.join("device-seed"), given)
+}
+
+/// The 32 secret bytes kept in a file, or drawn for it.
+pub(crate) fn seed_in(path: &Path, given: Option<[u8; 32]>) -> Result<[u8; 32], StoreError> {
+    let kept = match files::read_if_there(path, 64)? {
+        Some(bytes) => Some(parse_seed(path, &bytes)?),
         None => None,
     };
     match (given, kept) {
@@ -38,7 +42,7 @@ pub(crate) fn device_seed(state: &Path, given: Option<[u8; 32]>) -> Result<[u8; 
         (given, kept) => {
             let seed = given.unwrap_or_else(fresh_seed);
             if kept != Some(seed) {
-                files::write_atomically(&path, hex::encode(seed).as_bytes())?;
+                files::write_atomically(path, hex::encode(seed).as_bytes())?;
             }
             Ok(seed)
         }

@@ -2,16 +2,19 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use fleetune_model::train::TrainerOptions;
-use fleetune_proto::device::{Device, DeviceFloors, DeviceSetup};
+use fleetune_proto::device::{Device, DeviceFloors, DeviceRecord, DeviceSetup};
 use fleetune_proto::{AggregationProtocol, Name, TrustRoot};
+use fleetune_secagg::{Certificate, Registrars};
 
 use super::Client;
 use crate::app::App;
 use crate::blobs::{self, BlobStore};
 use crate::clock::{Clock, SystemClock};
-use crate::files::StoreError;
+use crate::files::{self, StoreError};
+use crate::identity;
 use crate::release::ReleaseSlots;
 use crate::state::{self, StateLock};
 use crate::transport::Transport;
@@ -26,7 +29,12 @@ pub struct ClientBuilder {
     device_seed: Option<[u8; 32]>,
     options: TrainerOptions,
     clock: Box<dyn Clock>,
+    registrars: Registrars,
+    certificate: Option<Certificate>,
 }
+
+/// Largest record of a device: a masked update and what is around it.
+const RECORD_BYTES_MAX: u64 = 2 << 30;
 
 impl ClientBuilder {
     /// A device of that population, with its files in `state`, that obeys only what `trust_root` signed.
@@ -40,7 +48,32 @@ impl ClientBuilder {
             device_seed: None,
             options: TrainerOptions::default(),
             clock: Box::new(SystemClock),
+            registrars: Registrars::Keys(Vec::new()),
+            certificate: None,
         }
+    }
+
+    /// Who certifies the devices that this one aggregates with. Without a registrar it takes no part in
+    /// secure aggregation.
+    #[must_use]
+    pub fn registrars(mut self, registrars: Registrars) -> Self {
+        self.registrars = registrars;
+        self
+    }
+
+    /// A registrar's certificate for this device's [`crate::identity::public_key`], kept from now on.
+    #[must_use]
+    pub fn certificate(mut self, certificate: Certificate) -> Self {
+        self.certificate = Some(certificate);
+        self
+    }
+
+    /// Takes anybody for a peer: a coordinator that makes peers up learns this device's update. Tests and
+    /// closed laboratories only.
+    #[must_use]
+    pub fn insecure_allow_unregistered_peers(mut self) -> Self {
+        self.registrars = Registrars::InsecureAnyone;
+        self
     }
 
     /// The vendor's class for devices like this one; many must share it.
@@ -95,6 +128,13 @@ impl ClientBuilder {
         let slots = ReleaseSlots::open(&self.state)?;
         let device_seed = state::device_seed(&self.state, self.device_seed)?;
         let versions = slots.versions();
+        let now = self.clock.now();
+        let (population, given) = (self.population.as_str(), self.certificate.as_ref());
+        let identity = identity::identity(&self.state, population, given, &self.registrars, now.0)?;
+        if identity.is_none() {
+            tracing::warn!("no registrar has certified this device: it takes no part in secure aggregation");
+        }
+        let record_path = self.state.join("aggregation");
         let setup = DeviceSetup {
             population: self.population,
             trust_root: self.trust_root,
@@ -102,9 +142,18 @@ impl ClientBuilder {
             floors: self.floors.clone(),
             release_version: versions.active.unwrap_or(0),
             release_version_max: versions.version_max,
+            identity: identity.map(Arc::new),
+            registrars: self.registrars,
+        };
+        let seed = state::fresh_seed();
+        let device = match files::read_if_there(&record_path, RECORD_BYTES_MAX)? {
+            Some(bytes) => Device::restore(setup, seed, &DeviceRecord::from_bytes(bytes), now)
+                .map_err(|error| StoreError::damaged(&record_path, error.to_string()))?,
+            None => Device::new(setup, seed, now),
         };
         Ok(Client {
-            device: Device::new(setup, state::fresh_seed(), self.clock.now()),
+            device,
+            record_path,
             transport,
             app,
             clock: self.clock,

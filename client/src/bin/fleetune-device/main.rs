@@ -2,6 +2,7 @@
 //!
 //! `run` is in `run.rs`, what is kept between runs in `settings.rs`; `generate` and `status` only read.
 
+mod certify;
 mod generate;
 mod run;
 mod settings;
@@ -26,6 +27,10 @@ enum Command {
     Run(run::RunArguments),
     /// Continue a text with the model that serves on this device.
     Generate(generate::GenerateArguments),
+    /// Print this device's public key, for a registrar to certify.
+    Identity(certify::IdentityArguments),
+    /// Certify a device: what a registrar does. Prints the certificate.
+    Certify(certify::CertifyArguments),
     /// Show what this device holds.
     Status(status::StatusArguments),
 }
@@ -37,6 +42,8 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Generate(arguments) => generate::generate(&arguments),
+        Command::Identity(arguments) => certify::identity(&arguments),
+        Command::Certify(arguments) => certify::certify(&arguments),
         Command::Status(arguments) => status::status(&arguments),
     };
     match done {

@@ -11,6 +11,7 @@ use clap::Args;
 use fleetune_client::data::load_device;
 use fleetune_client::{App, Client, ClientBuilder, Event, ExampleError, GrpcOptions, GrpcTransport};
 
+use crate::certify::parse_certificate;
 use crate::settings::{Settings, SettingsArguments, parse_32};
 
 /// Flags of `run`.
@@ -37,6 +38,9 @@ pub(crate) struct RunArguments {
     /// Train in less than half the memory and a third more time.
     #[arg(long)]
     low_memory: bool,
+    /// A registrar's certificate for this device (`fleetune-device certify`), kept.
+    #[arg(long, value_name = "HEX")]
+    certificate: Option<String>,
     #[command(flatten)]
     settings: SettingsArguments,
 }
@@ -68,7 +72,14 @@ fn client(arguments: &RunArguments) -> Result<Client<GrpcTransport>> {
     let transport = transport(arguments, &settings)?;
     let mut builder = ClientBuilder::new(&arguments.state, population, trust_root)
         .device_class(settings.device_class.as_str())
-        .floors(settings.floors());
+        .floors(settings.floors())
+        .registrars(settings.registrars()?);
+    if settings.insecure_allow_unregistered_peers {
+        tracing::warn!("this device aggregates with anybody: a coordinator can make its peers up");
+    }
+    if let Some(certificate) = &arguments.certificate {
+        builder = builder.certificate(parse_certificate(certificate).context("--certificate")?);
+    }
     if settings.insecure_allow_plaintext_aggregation {
         tracing::warn!("the coordinator may see this device's update by itself");
         builder = builder.insecure_allow_plaintext_aggregation();

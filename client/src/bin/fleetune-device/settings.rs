@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use fleetune_client::files::write_atomically;
-use fleetune_client::{DeviceFloors, Name, TrustRoot};
+use fleetune_client::{DeviceFloors, Name, Registrars, TrustRoot};
 use serde::{Deserialize, Serialize};
 
 /// Settings as flags; one that is given replaces the one kept.
@@ -33,6 +33,19 @@ pub(crate) struct SettingsArguments {
     /// Speak http:// to another machine: everybody on the way reads and changes what passes.
     #[arg(long)]
     pub insecure_plaintext_remote: bool,
+    /// Ed25519 public key of a registrar, who certifies the devices of secure aggregation; may be given
+    /// several times.
+    #[arg(long = "registrar", value_name = "HEX")]
+    pub registrars: Vec<String>,
+    /// Aggregate with anybody: a coordinator that makes peers up learns this device's update. Tests only.
+    #[arg(long)]
+    pub insecure_allow_unregistered_peers: bool,
+    /// Fewest devices of a cohort of secure aggregation.
+    #[arg(long, value_name = "N")]
+    pub cohort_min: Option<u32>,
+    /// Fewest devices in any sum.
+    #[arg(long, value_name = "N")]
+    pub survivors_min: Option<u32>,
 }
 
 /// The file. Every field may be edited by the device's owner.
@@ -47,6 +60,8 @@ pub(crate) struct Settings {
     pub device_class: String,
     pub insecure_allow_plaintext_aggregation: bool,
     pub insecure_plaintext_remote: bool,
+    pub registrars: Vec<String>,
+    pub insecure_allow_unregistered_peers: bool,
     /// No plan may go below these, whoever signed it.
     pub floors: Floors,
 }
@@ -59,6 +74,11 @@ pub(crate) struct Floors {
     pub clipping_norm_max: f32,
     pub base_model_bytes_max: u64,
     pub steps_max: u32,
+    pub cohort_min: u32,
+    pub survivors_min: u32,
+    pub corrupted_permille: u32,
+    pub dropout_permille: u32,
+    pub sigma: u32,
 }
 
 impl Default for Settings {
@@ -71,6 +91,8 @@ impl Default for Settings {
             device_class: "reference".to_owned(),
             insecure_allow_plaintext_aggregation: false,
             insecure_plaintext_remote: false,
+            registrars: Vec::new(),
+            insecure_allow_unregistered_peers: false,
             floors: Floors::default(),
         }
     }
@@ -78,9 +100,19 @@ impl Default for Settings {
 
 impl Default for Floors {
     fn default() -> Self {
-        let DeviceFloors { summands_min, clipping_norm_max, base_model_bytes_max, steps_max, .. } =
+        let DeviceFloors { summands_min, clipping_norm_max, base_model_bytes_max, steps_max, secure, .. } =
             DeviceFloors::default();
-        Self { summands_min, clipping_norm_max, base_model_bytes_max, steps_max }
+        Self {
+            summands_min,
+            clipping_norm_max,
+            base_model_bytes_max,
+            steps_max,
+            cohort_min: secure.cohort_min,
+            survivors_min: secure.survivors_min,
+            corrupted_permille: secure.corrupted_permille,
+            dropout_permille: secure.dropout_permille,
+            sigma: secure.sigma,
+        }
     }
 }
 
@@ -118,6 +150,12 @@ impl Settings {
         }
         self.insecure_allow_plaintext_aggregation |= given.insecure_allow_plaintext_aggregation;
         self.insecure_plaintext_remote |= given.insecure_plaintext_remote;
+        if !given.registrars.is_empty() {
+            self.registrars.clone_from(&given.registrars);
+        }
+        self.insecure_allow_unregistered_peers |= given.insecure_allow_unregistered_peers;
+        self.floors.cohort_min = given.cohort_min.unwrap_or(self.floors.cohort_min);
+        self.floors.survivors_min = given.survivors_min.unwrap_or(self.floors.survivors_min);
         Ok(self)
     }
 
@@ -144,8 +182,31 @@ impl Settings {
             clipping_norm_max: self.floors.clipping_norm_max,
             base_model_bytes_max: self.floors.base_model_bytes_max,
             steps_max: self.floors.steps_max,
+            secure: fleetune_secagg::Floors {
+                cohort_min: self.floors.cohort_min,
+                survivors_min: self.floors.survivors_min,
+                corrupted_permille: self.floors.corrupted_permille,
+                dropout_permille: self.floors.dropout_permille,
+                sigma: self.floors.sigma,
+                ..fleetune_secagg::Floors::default()
+            },
             ..DeviceFloors::default()
         }
+    }
+
+    /// Who certifies this device's peers. A device that may contribute in the clear needs nobody.
+    pub(crate) fn registrars(&self) -> Result<Registrars> {
+        if self.insecure_allow_unregistered_peers {
+            return Ok(Registrars::InsecureAnyone);
+        }
+        if self.registrars.is_empty() && !self.insecure_allow_plaintext_aggregation {
+            bail!(
+                "no registrar is known: give --registrar HEX once, of whoever certifies the fleet's devices \
+                 (or --insecure-allow-unregistered-peers in a laboratory)"
+            );
+        }
+        let keys: Vec<[u8; 32]> = self.registrars.iter().map(|key| parse_32(key)).collect::<Result<_>>()?;
+        Registrars::from_keys(&keys).context("--registrar")
     }
 }
 
@@ -186,6 +247,7 @@ mod tests {
         let nothing = Settings::default();
         assert!(nothing.population().unwrap_err().to_string().contains("give --population NAME once"));
         assert!(nothing.trust_root().unwrap_err().to_string().contains("give --trust-key HEX once"));
+        assert!(nothing.registrars().unwrap_err().to_string().contains("give --registrar HEX once"));
         let odd = Settings { trust_keys: vec!["xyz".into()], ..Settings::default() };
         assert!(odd.trust_root().unwrap_err().to_string().contains("\"xyz\" is not 64 hexadecimal digits"));
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use clap::Args;
 use fleetune_client::blobs::BlobStore;
+use fleetune_client::identity;
 use fleetune_client::release::{ReleaseSlots, ReleaseVersions};
 use serde::Serialize;
 
@@ -26,6 +27,9 @@ pub(crate) struct StatusArguments {
 struct Status {
     population: Option<String>,
     device_class: String,
+    public_key: String,
+    certified_until_unix_ms: Option<u64>,
+    registrars: Vec<String>,
     releases: ReleaseVersions,
     release: Option<Release>,
     blobs: u64,
@@ -69,14 +73,30 @@ fn read(arguments: &StatusArguments) -> Result<Status> {
         adapter_sha256: manifest.adapter.hex(),
         privacy_statement: manifest.privacy_statement,
     });
-    let Settings { population, device_class, .. } = settings;
-    Ok(Status { population, device_class, releases, release, blobs, blob_bytes })
+    let public_key = hex::encode(identity::public_key(&arguments.state)?);
+    let certified_until_unix_ms =
+        identity::certificate(&arguments.state)?.map(|certificate| certificate.expires_unix_ms);
+    let Settings { population, device_class, registrars, .. } = settings;
+    Ok(Status {
+        population,
+        device_class,
+        public_key,
+        certified_until_unix_ms,
+        registrars,
+        releases,
+        release,
+        blobs,
+        blob_bytes,
+    })
 }
 
 fn print(status: &Status, out: &mut impl Write) -> io::Result<()> {
     let version = |version: Option<u64>| version.map_or_else(|| "none".to_owned(), |v| v.to_string());
     writeln!(out, "population  {}", status.population.as_deref().unwrap_or("not known"))?;
     writeln!(out, "class       {}", status.device_class)?;
+    let until = status.certified_until_unix_ms.map(|at| format!("certified until {at} ms since 1970"));
+    writeln!(out, "identity    {}, {}", status.public_key, until.as_deref().unwrap_or("not certified"))?;
+    writeln!(out, "registrars  {}", status.registrars.len())?;
     writeln!(out, "release     {}", version(status.releases.active))?;
     writeln!(out, "previous    {}", version(status.releases.previous))?;
     if let Some(release) = &status.release {
