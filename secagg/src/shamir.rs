@@ -17,8 +17,8 @@ use zeroize::{Zeroize, Zeroizing};
 pub const SECRET_BYTES: usize = 64;
 /// Most shares of a secret: places are one byte, and zero is where the secret is.
 pub const SHARES_MAX: usize = 254;
-/// Other sets of shares tried after decoding has failed.
-const SUBSETS_TRIED_MAX: usize = 64;
+/// Other sets of shares tried after decoding has failed: with one share more than the threshold, all of them.
+const SUBSETS_TRIED_MAX: usize = 256;
 
 /// One device's shares of a neighbour's two secrets.
 #[derive(Clone, PartialEq, Eq)]
@@ -170,8 +170,18 @@ fn rescue<'a>(
             return Some((secret, left));
         }
     }
-    // Beyond what decoding can tell: turn through other sets.
+    // Beyond what decoding can tell: the first of the other sets in their order, then turns through all shares.
     let count = shares.len();
+    let mut set: Vec<usize> = (0..threshold).collect();
+    for _ in 0..SUBSETS_TRIED_MAX {
+        if !next_set(&mut set, count) {
+            return None;
+        }
+        let chosen: Vec<_> = set.iter().map(|i| shares[*i]).collect();
+        if let Some(secret) = attempt(&chosen) {
+            return Some((secret, chosen));
+        }
+    }
     (1..count.min(SUBSETS_TRIED_MAX)).find_map(|turn| {
         let stride = 1 + turn % 7;
         let mut order: Vec<usize> = (0..count).map(|i| (turn + i * stride) % count).collect();
@@ -181,6 +191,17 @@ fn rescue<'a>(
         let chosen: Vec<_> = order.into_iter().filter(fresh).take(threshold).map(|i| shares[i]).collect();
         (chosen.len() == threshold).then(|| attempt(&chosen)).flatten().map(|secret| (secret, chosen))
     })
+}
+
+/// The next of all sets of `set.len()` numbers below `count` in lexicographic order; false after the last.
+fn next_set(set: &mut [usize], count: usize) -> bool {
+    let size = set.len();
+    let Some(grows) = (0..size).rev().find(|i| set[*i] < count - size + i) else { return false };
+    set[grows] += 1;
+    for i in grows + 1..size {
+        set[i] = set[i - 1] + 1;
+    }
+    true
 }
 
 /// The shares of the first of each place; zero is no place.

@@ -78,32 +78,74 @@ impl Opening {
     /// [`OpenError`] names the devices whose secrets could not be rebuilt.
     pub fn run(mut self, threads: usize) -> Result<Opened, OpenError> {
         let threads = threads.max(1);
-        let recovered = self.recover_all(threads);
-        let mut error = OpenError { owners: Vec::new(), blamed: Vec::new(), suspicions: Vec::new() };
-        let mut masks = Vec::new();
-        for recovered in recovered {
+        let (mut found, mut failed) = (Vec::new(), Vec::new());
+        for recovered in self.recover_all(threads) {
             match recovered {
-                Ok(mut recovered) => {
-                    masks.append(&mut recovered.masks);
-                    error.suspicions.append(&mut recovered.suspicions);
-                }
-                Err(owner) => error.owners.push(owner),
+                Ok(recovered) => found.push(recovered),
+                Err(owner) => failed.push(owner),
             }
         }
-        if !error.owners.is_empty() {
-            error.blamed = self.blamed(&error);
-            return Err(error);
+        let suspicions: Vec<Suspicion> = found.iter().flat_map(|r| r.suspicions.iter().copied()).collect();
+        if !failed.is_empty() {
+            let proven = self.proven(&failed, &suspicions);
+            failed.retain(|owner| match self.recover(*owner, &|peer| proven.contains(&peer)) {
+                Some(Ok(recovered)) => {
+                    found.push(recovered);
+                    false
+                }
+                Some(Err(_)) | None => true,
+            });
+            if !failed.is_empty() {
+                return Err(self.error(&failed, &proven, suspicions));
+            }
         }
+        let masks: Vec<(MaskSeed, Sign)> = found.into_iter().flat_map(|recovered| recovered.masks).collect();
         add_masks_parallel(self.terms.suite, &mut self.sum, &masks, threads);
         let survivors = self.members.iter().filter(|member| member.is_survivor()).count();
         let survivors = u32::try_from(survivors).expect("bounded by MEMBERS_MAX");
-        Ok(Opened { sum: self.sum, survivors, suspicions: error.suspicions })
+        Ok(Opened { sum: self.sum, survivors, suspicions })
     }
 
-    fn recover_all(&self, threads: usize) -> Vec<Result<Recovered, DeviceId>> {
-        let owners: Vec<usize> = (0..self.members.len()).collect();
+    /// Places of the devices whose shares of the secrets that were rebuilt are all right.
+    fn proven(&self, failed: &[u32], suspicions: &[Suspicion]) -> BTreeSet<u32> {
+        let failed: BTreeSet<u32> = failed.iter().copied().collect();
+        let liars: BTreeSet<DeviceId> = suspicions.iter().map(|suspicion| suspicion.revealer).collect();
+        let is_rebuilt =
+            |(place, member): &(u32, &Member)| member.bundle.is_some() && !failed.contains(place);
+        let rebuilt = (0..).zip(&self.members).filter(is_rebuilt);
+        let mut proven: BTreeSet<u32> = rebuilt.flat_map(|(owner, _)| self.revealers(owner)).collect();
+        proven.retain(|revealer| !liars.contains(&self.id(*revealer)));
+        proven
+    }
+
+    fn error(&self, failed: &[u32], proven: &BTreeSet<u32>, suspicions: Vec<Suspicion>) -> OpenError {
+        let right = |owner: u32| self.revealers(owner).filter(|revealer| proven.contains(revealer)).count();
+        let sealed_wrong = failed.iter().filter(|owner| right(**owner) >= self.threshold);
+        OpenError {
+            blamed: sealed_wrong.map(|owner| self.id(*owner)).collect(),
+            owners: failed.iter().map(|owner| self.id(*owner)).collect(),
+            suspicions,
+        }
+    }
+
+    fn id(&self, place: u32) -> DeviceId {
+        self.members[place as usize].advertisement.id()
+    }
+
+    /// The neighbours that revealed a share of the secret of `owner`.
+    fn revealers(&self, owner: u32) -> impl Iterator<Item = u32> {
+        let has_share = move |peer: &u32| {
+            let reveal = self.members[*peer as usize].reveal.as_ref();
+            reveal.is_some_and(|r| r.shares.binary_search_by_key(&owner, |(of, _)| *of).is_ok())
+        };
+        self.members[owner as usize].neighbours.iter().copied().filter(has_share)
+    }
+
+    fn recover_all(&self, threads: usize) -> Vec<Result<Recovered, u32>> {
+        let owners: Vec<u32> = (0..).take(self.members.len()).collect();
         let part = owners.len().div_ceil(threads).max(1);
-        let recover = |owners: &[usize]| owners.iter().filter_map(|i| self.recover(*i)).collect::<Vec<_>>();
+        let one = |owner: &u32| self.recover(*owner, &|_| true);
+        let recover = |owners: &[u32]| owners.iter().filter_map(one).collect::<Vec<_>>();
         if threads == 1 {
             return recover(&owners);
         }
@@ -113,28 +155,34 @@ impl Opening {
         })
     }
 
-    /// The masks that this member left in the sum. None if it left none.
-    fn recover(&self, owner: usize) -> Option<Result<Recovered, DeviceId>> {
-        let member = &self.members[owner];
+    /// The masks that this member left in the sum, from the shares of the peers that `believed` names. None
+    /// if it left none; its place if they cannot be found.
+    fn recover(&self, owner: u32, believed: &dyn Fn(u32) -> bool) -> Option<Result<Recovered, u32>> {
+        let member = &self.members[owner as usize];
         let recovered = match (&member.bundle, member.is_survivor()) {
             (None, _) => return None,
-            (Some(bundle), true) => self.self_mask(owner, &bundle.commitment),
-            (Some(_), false) => self.pair_masks(owner)?,
+            (Some(bundle), true) => self.self_mask(owner, &bundle.commitment, believed),
+            (Some(_), false) => self.pair_masks(owner, believed)?,
         };
-        Some(recovered.ok_or_else(|| member.advertisement.id()))
+        Some(recovered.ok_or(owner))
     }
 
-    fn self_mask(&self, owner: usize, commitment: &[u8; 32]) -> Option<Recovered> {
-        let id = self.members[owner].advertisement.id();
+    fn self_mask(
+        &self,
+        owner: u32,
+        commitment: &[u8; 32],
+        believed: &dyn Fn(u32) -> bool,
+    ) -> Option<Recovered> {
+        let id = self.id(owner);
         let is_right = |secret: &[u8; 32]| self.binding.commitment(secret, &id).ct_eq(commitment).into();
-        let (secret, suspicions) = self.join(owner, &is_right)?;
+        let (secret, suspicions) = self.join(owner, &is_right, believed)?;
         let masks = vec![(self.binding.self_seed(&secret, &id), Sign::Minus)];
         Some(Recovered { masks, suspicions })
     }
 
     /// The masks that survivors share with a dropout. None if no survivor does.
-    fn pair_masks(&self, owner: usize) -> Option<Option<Recovered>> {
-        let dropout = &self.members[owner];
+    fn pair_masks(&self, index: u32, believed: &dyn Fn(u32) -> bool) -> Option<Option<Recovered>> {
+        let dropout = &self.members[index as usize];
         let survivors: Vec<u32> = dropout
             .neighbours
             .iter()
@@ -147,10 +195,9 @@ impl Opening {
         let public = &dropout.advertisement.mask_key;
         let is_right =
             |secret: &[u8; 32]| PublicKey::from(&StaticSecret::from(*secret)).as_bytes().ct_eq(public).into();
-        let Some((secret, suspicions)) = self.join(owner, &is_right) else { return Some(None) };
+        let Some((secret, suspicions)) = self.join(index, &is_right, believed) else { return Some(None) };
         let secret = StaticSecret::from(*secret);
         let id = dropout.advertisement.id();
-        let index = u32::try_from(owner).expect("bounded by MEMBERS_MAX");
         let mask = |peer: &u32| {
             let other = &self.members[*peer as usize].advertisement;
             let (ends, other_id) = (other.mask_key, other.id());
@@ -166,46 +213,23 @@ impl Opening {
         Some(Some(Recovered { masks, suspicions }))
     }
 
-    fn blamed(&self, error: &OpenError) -> Vec<DeviceId> {
-        let failed: BTreeSet<DeviceId> = error.owners.iter().copied().collect();
-        let liars: BTreeSet<DeviceId> = error.suspicions.iter().map(|suspicion| suspicion.revealer).collect();
-        let id = |place: u32| self.members[place as usize].advertisement.id();
-        let (failed, rebuilt): (Vec<u32>, Vec<u32>) = (0..)
-            .zip(&self.members)
-            .filter(|(_, member)| member.bundle.is_some())
-            .map(|(place, _)| place)
-            .partition(|place| failed.contains(&id(*place)));
-        let mut proven: BTreeSet<u32> = rebuilt.iter().flat_map(|owner| self.revealers(*owner)).collect();
-        proven.retain(|revealer| !liars.contains(&id(*revealer)));
-        let right = |owner: u32| self.revealers(owner).filter(|revealer| proven.contains(revealer)).count();
-        failed.into_iter().filter(|owner| right(*owner) >= self.threshold).map(id).collect()
-    }
-
-    /// The neighbours that revealed a share of the secret of `owner`.
-    fn revealers(&self, owner: u32) -> impl Iterator<Item = u32> {
-        let has_share = move |peer: &u32| {
-            let reveal = self.members[*peer as usize].reveal.as_ref();
-            reveal.is_some_and(|r| r.shares.binary_search_by_key(&owner, |(of, _)| *of).is_ok())
-        };
-        self.members[owner as usize].neighbours.iter().copied().filter(has_share)
-    }
-
     /// Rebuilds the secret of `owner` from what its neighbours revealed.
     fn join(
         &self,
-        owner: usize,
+        owner: u32,
         is_right: &dyn Fn(&[u8; 32]) -> bool,
+        believed: &dyn Fn(u32) -> bool,
     ) -> Option<(Zeroizing<[u8; 32]>, Vec<Suspicion>)> {
-        let member = &self.members[owner];
-        let place = u32::try_from(owner).expect("bounded by MEMBERS_MAX");
+        let member = &self.members[owner as usize];
         let share = |(x, peer): (u8, &u32)| {
             let reveal = self.members[*peer as usize].reveal.as_ref()?;
-            let found = reveal.shares.binary_search_by_key(&place, |(peer, _)| *peer).ok()?;
+            let found = reveal.shares.binary_search_by_key(&owner, |(peer, _)| *peer).ok()?;
             match &reveal.shares[found].1 {
                 RevealedShare::SelfMask(share) | RevealedShare::MaskKey(share) => Some((x, &**share)),
             }
         };
-        let shares: Vec<(u8, &[u8; 32])> = (1..=u8::MAX).zip(&member.neighbours).filter_map(share).collect();
+        let places = (1..=u8::MAX).zip(&member.neighbours).filter(|(_, peer)| believed(**peer));
+        let shares: Vec<(u8, &[u8; 32])> = places.filter_map(share).collect();
         let joined = join_checked(self.threshold, &shares, is_right).ok()?;
         let revealer =
             |x: &u8| self.members[member.neighbours[usize::from(*x) - 1] as usize].advertisement.id();

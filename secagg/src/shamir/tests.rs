@@ -108,8 +108,24 @@ fn more_wrong_shares_than_can_be_told_are_an_error() {
     let secret = secret(&mut rng);
     let pairs = split(&secret, 5, 9, &mut rng);
     let mut values: Vec<(u8, [u8; 32])> = places(&pairs).into_iter().map(|(x, y)| (x, *y)).collect();
-    values.iter_mut().take(5).for_each(|(_, value)| value[0] ^= 1);
+    values.iter_mut().take(5).for_each(|(_, value)| *value = rng.random());
     let shares: Vec<(u8, &[u8; 32])> = values.iter().map(|(x, y)| (*x, y)).collect();
     let error = join_checked(5, &shares, &|found| found[..] == secret[..32]).err();
     assert_eq!(error, Some(JoinError::Wrong { shares: 9, threshold: 5 }));
+}
+
+#[test]
+fn with_one_share_to_spare_one_wrong_one_is_found_wherever_it_is() {
+    let mut rng = ChaCha20Rng::seed_from_u64(5);
+    let secret = secret(&mut rng);
+    for threshold in [1, 2, 3, 7, 40] {
+        let pairs = split(&secret, threshold, threshold + 1, &mut rng);
+        for liar in 0..=threshold {
+            let mut values: Vec<(u8, [u8; 32])> = places(&pairs).into_iter().map(|(x, y)| (x, *y)).collect();
+            values[liar].1[9] ^= 0x55;
+            let shares: Vec<(u8, &[u8; 32])> = values.iter().map(|(x, y)| (*x, y)).collect();
+            let joined = join_checked(threshold, &shares, &|found| found[..] == secret[..32]).unwrap();
+            assert_eq!(joined.bad, [values[liar].0], "{threshold} shares needed, number {liar} is wrong");
+        }
+    }
 }
