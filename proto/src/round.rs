@@ -446,7 +446,7 @@ impl Round {
 
     /// Devices whose update or keys are in.
     fn collected(&self) -> u32 {
-        self.secure.as_ref().map_or(self.sum.contributions(), SecureAggregate::advertised)
+        self.secure.as_ref().map_or_else(|| self.sum.contributions(), SecureAggregate::advertised)
     }
 
     fn step<T>(

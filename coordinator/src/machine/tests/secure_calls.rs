@@ -47,7 +47,11 @@ fn ended(response: Response) -> EndReason {
             _ => None,
         },
         Response::RevealShares(answer) => answer.ended,
-        other => panic!("no answer of secure aggregation: {other:?}"),
+        Response::CheckIn(_)
+        | Response::ReportTaskResult
+        | Response::WriteBlobChunk(_)
+        | Response::SubmitUpdate(_)
+        | Response::ReportRelease => panic!("no answer of secure aggregation"),
     };
     outcome.expect("an end").reason()
 }
@@ -67,8 +71,8 @@ fn token(request: &mut Request) -> &mut Vec<u8> {
     }
 }
 
-fn inline(bytes: Vec<u8>) -> Option<wire::Resource> {
-    Some(wire::Resource { source: Some(Source::Inline(bytes)) })
+fn inline(bytes: Vec<u8>) -> wire::Resource {
+    wire::Resource { source: Some(Source::Inline(bytes)) }
 }
 
 /// Well-formed messages of steps 1 to 4 that say nothing of use.
@@ -82,7 +86,7 @@ fn later_steps(session_token: &[u8]) -> [Request; 4] {
         }),
         Request::SubmitMaskedUpdate(wire::SubmitMaskedUpdateRequest {
             session_token: session_token.clone(),
-            masked_update: inline(vec![0; 448 * 4]),
+            masked_update: Some(inline(vec![0; 448 * 4])),
         }),
         Request::ConfirmSurvivors(wire::ConfirmSurvivorsRequest {
             session_token: session_token.clone(),
@@ -234,10 +238,10 @@ fn malformed_messages_are_refused_and_the_right_one_still_counts() {
         (
             Step::Masked,
             vec![
-                |r| *masked(r) = inline(vec![0; 448 * 4 - 1]),
-                |r| *masked(r) = inline(vec![0; 448 * 4 + 4]),
-                |r| *masked(r) = inline(Vec::new()),
-                |r| *masked(r) = inline(vec![0; 65 << 10]),
+                |r| *masked(r) = Some(inline(vec![0; 448 * 4 - 1])),
+                |r| *masked(r) = Some(inline(vec![0; 448 * 4 + 4])),
+                |r| *masked(r) = Some(inline(Vec::new())),
+                |r| *masked(r) = Some(inline(vec![0; 65 << 10])),
                 |r| *masked(r) = None,
             ],
         ),
@@ -336,7 +340,7 @@ fn a_plain_update_has_no_place_in_a_masked_sum() {
     let mut world = held_at(5, Step::Masked);
     let submit = wire::SubmitUpdateRequest {
         session_token: token(&mut held(&world)).clone(),
-        update: inline(vec![0; 448 * 4]),
+        update: Some(inline(vec![0; 448 * 4])),
     };
     let Response::SubmitUpdate(answer) = world.call(Request::SubmitUpdate(submit)).unwrap() else {
         panic!("an answer to a submission")

@@ -87,7 +87,8 @@ impl World {
             self.core.handle_timeout(self.now);
             self.open_sums();
         }
-        panic!("never done; events: {:?}", self.events);
+        let last = &self.events[self.events.len().saturating_sub(10)..];
+        panic!("never done; the last events: {last:?}");
     }
 
     pub(super) fn run_to_end(&mut self) {
