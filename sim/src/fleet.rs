@@ -3,6 +3,8 @@
 //! time at which the device would have been done, so they do not depend on how fast this machine
 //! is or how many threads it has.
 
+mod calls;
+
 use crate::{experiment::Experiment, pool::Pending, pool::Pool, scenario::Scenario};
 use anyhow::{Context, Result, bail, ensure};
 use ed25519_dalek::SigningKey;
@@ -12,9 +14,10 @@ use fleetune_coordinator::{
 };
 use fleetune_proto::{
     Digest, Name, ReleaseManifest, TrustRoot, UnixMillis,
-    device::{Action, Device, DeviceFloors, DeviceSetup, Event, Request, Response, TrainOrder},
-    wire::{self, submit_update_response::Outcome},
+    device::{Action, Device, DeviceFloors, DeviceRecord, DeviceSetup, Event, Request, TrainOrder},
+    wire,
 };
+use fleetune_secagg::{Certificate, Floors, Identity, Registrars};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest as _, Sha256};
@@ -91,6 +94,10 @@ struct VirtualDevice {
     trained: Option<(f32, u64)>,
     holds_base: bool,
     release_version: u64,
+    /// Its disk: what it keeps of a session of secure aggregation.
+    record: Option<DeviceRecord>,
+    /// The last step of secure aggregation that it went into.
+    secure_step: u32,
 }
 
 /// The fleet.
@@ -102,6 +109,7 @@ pub struct Fleet<'a> {
     core: Core,
     trust_root: TrustRoot,
     trust_key: [u8; 32],
+    registrar: SigningKey,
     now: UnixMillis,
     queue: BinaryHeap<Reverse<(UnixMillis, u64, usize)>>,
     queued: u64,
@@ -122,12 +130,14 @@ impl<'a> Fleet<'a> {
     ) -> Result<Self> {
         let key = SigningKey::from_bytes(&derive_seed(seed, "signing key", 0));
         let trust_key = key.verifying_key().to_bytes();
+        let registrar = SigningKey::from_bytes(&derive_seed(seed, "registrar", 0));
         let mut core = Core::new(CoreSetup {
             population: population()?,
             signing_key: key,
             pace: pace(scenario),
             upload_slots: 16,
             seed: derive_seed(seed, "coordinator", 0),
+            registrars: Registrars::Keys(vec![registrar.verifying_key()]),
         });
         let base = Arc::clone(&experiment.base);
         core.add_task(task(scenario, seed)?, base, experiment.base_digest, None, EPOCH)
@@ -141,6 +151,7 @@ impl<'a> Fleet<'a> {
             core,
             trust_root,
             trust_key,
+            registrar,
             now: EPOCH,
             queue: BinaryHeap::new(),
             queued: 0,
@@ -180,7 +191,7 @@ impl<'a> Fleet<'a> {
         let mut rng = ChaCha8Rng::from_seed(derive_seed(self.seed, "device", user as u64));
         let slowness = (self.scenario.devices.speed_sigma * standard_normal(&mut rng)).exp();
         let first = self.now.plus(rng.random_range(0..=self.scenario.fleet.check_in_s[1] * 1000));
-        let machine = self.machine(user, 0, 0, first)?;
+        let machine = self.machine(user, 0, 0, None, first)?;
         self.devices.push(VirtualDevice {
             user,
             machine,
@@ -191,6 +202,8 @@ impl<'a> Fleet<'a> {
             trained: None,
             holds_base: false,
             release_version: 0,
+            record: None,
+            secure_step: 0,
         });
         self.schedule(first, user);
         Ok(())
@@ -201,6 +214,7 @@ impl<'a> Fleet<'a> {
         user: usize,
         incarnation: u64,
         release_version: u64,
+        record: Option<&DeviceRecord>,
         now: UnixMillis,
     ) -> Result<Device> {
         let setup = DeviceSetup {
@@ -208,17 +222,34 @@ impl<'a> Fleet<'a> {
             trust_root: self.trust_root.clone(),
             device_class: "simulated".into(),
             floors: DeviceFloors {
-                protocols: vec![wire::AggregationProtocol::InsecurePlaintext],
+                protocols: vec![
+                    wire::AggregationProtocol::SecaggPlus,
+                    wire::AggregationProtocol::InsecurePlaintext,
+                ],
                 summands_min: 1,
                 clipping_norm_max: f32::MAX,
                 base_model_bytes_max: u64::MAX,
                 steps_max: u32::MAX,
+                secure: Floors { cohort_min: 2, survivors_min: 2, ..Floors::default() },
             },
             release_version,
             release_version_max: release_version,
+            identity: Some(Arc::new(self.identity(user)?)),
+            registrars: Registrars::Keys(vec![self.registrar.verifying_key()]),
         };
         let seed = derive_seed(self.seed, "machine", (user as u64) << 32 | incarnation);
-        Ok(Device::new(setup, seed, now))
+        match record {
+            Some(record) => Device::restore(setup, seed, record, now).context("a device's record"),
+            None => Ok(Device::new(setup, seed, now)),
+        }
+    }
+
+    /// A user's key, and the registrar's word for it.
+    fn identity(&self, user: usize) -> Result<Identity> {
+        let key = SigningKey::from_bytes(&derive_seed(self.seed, "identity", user as u64));
+        let (public, expires) = (key.verifying_key().to_bytes(), EPOCH.plus(VIRTUAL_MS_MAX).0);
+        let certificate = Certificate::issue(&self.registrar, population()?.as_str(), public, expires);
+        Identity::new(key, certificate).context("a device's identity")
     }
 
     /// Lets virtual time reach `at`, the coordinator's deadlines on the way included.
@@ -263,6 +294,10 @@ impl<'a> Fleet<'a> {
                     let tasks = policy.tasks.into_iter().map(|offer| offer.task).collect();
                     machine.handle_choice(tasks, self.now);
                 }
+                Action::Keep(record) => {
+                    machine.handle_kept(self.now);
+                    self.devices[index].record = Some(record);
+                }
                 action @ (Action::Call(_) | Action::Fetch(_) | Action::Train(_) | Action::Install(_)) => {
                     return Some(action);
                 }
@@ -273,8 +308,9 @@ impl<'a> Fleet<'a> {
     fn begin(&mut self, index: usize, action: Action) -> Result<(Doing, u64)> {
         let latency = self.scenario.devices.latency_ms;
         Ok(match action {
+            Action::Call(request) if self.loses_step(index, &request) => (Doing::Vanishing, latency),
             Action::Call(request) => {
-                let ms = latency + self.transfer_ms(sent_bytes(&request));
+                let ms = latency + self.transfer_ms(calls::sent_bytes(&request));
                 (Doing::Calling(request), ms)
             }
             Action::Fetch(digest) => {
@@ -287,8 +323,16 @@ impl<'a> Fleet<'a> {
             }
             Action::Train(order) => self.begin_training(index, *order)?,
             Action::Install(_) => (Doing::Installing, 1),
-            Action::Choose(_) => unreachable!("answered before"),
+            Action::Choose(_) | Action::Keep(_) => unreachable!("answered before"),
         })
+    }
+
+    /// True if the device vanishes instead of taking a new step of secure aggregation.
+    fn loses_step(&mut self, index: usize, request: &Request) -> bool {
+        let (step, device) = (calls::secure_step(request), &mut self.devices[index]);
+        let entered = step > 0 && step != device.secure_step;
+        device.secure_step = step;
+        entered && step > 1 && device.rng.random_bool(self.scenario.devices.step_dropout)
     }
 
     fn begin_training(&mut self, index: usize, order: TrainOrder) -> Result<(Doing, u64)> {
@@ -336,38 +380,12 @@ impl<'a> Fleet<'a> {
     fn vanish(&mut self, index: usize) -> Result<()> {
         let back = self.now.plus(self.scenario.devices.offline_s * 1000);
         let device = &self.devices[index];
-        let machine = self.machine(device.user, device.incarnations, device.release_version, back)?;
+        let (version, record) = (device.release_version, device.record.as_ref());
+        let machine = self.machine(device.user, device.incarnations, version, record, back)?;
         let device = &mut self.devices[index];
         device.incarnations += 1;
         device.machine = machine;
         Ok(())
-    }
-
-    fn call(&mut self, index: usize, request: Request) {
-        let now = self.now;
-        let answer = match request {
-            Request::CheckIn(r) => self.core.handle_check_in(&r, now).map(Response::CheckIn),
-            Request::WriteBlobChunk(r) => self.core.handle_write_chunk(&r, now).map(Response::WriteBlobChunk),
-            Request::SubmitUpdate(r) => self.core.handle_submit(&r, now).map(Response::SubmitUpdate),
-            Request::ReportTaskResult(r) => {
-                self.core.handle_report_task(&r, now).map(|_| Response::ReportTaskResult)
-            }
-            Request::ReportRelease(r) => {
-                self.core.handle_report_release(&r, now).map(|_| Response::ReportRelease)
-            }
-        };
-        let device = &mut self.devices[index];
-        match answer {
-            Ok(response) => {
-                if is_contributed(&response)
-                    && let Some(trained) = device.trained.take()
-                {
-                    self.contributions.push(trained);
-                }
-                device.machine.handle_response(response, now);
-            }
-            Err(failure) => device.machine.handle_call_failed(&failure, now),
-        }
     }
 
     fn note_events(&mut self, index: usize) {
@@ -384,8 +402,11 @@ impl<'a> Fleet<'a> {
         }
     }
 
-    /// Takes what the coordinator wants durable; memory is as durable as a simulation gets.
+    /// Opens sums, and takes what the coordinator wants durable; memory is as durable as a simulation gets.
     fn commit(&mut self, on_round: &mut dyn FnMut(FinishedRound)) -> Result<()> {
+        while let Some(work) = self.core.poll_opening() {
+            self.core.handle_opened(work.run(self.pool.threads()), self.now);
+        }
         while let Some(commit) = self.core.poll_commit() {
             let id = commit.id;
             for (digest, bytes) in &commit.blobs {
@@ -486,25 +507,6 @@ fn pace(scenario: &Scenario) -> PacePolicy {
         idle_ms_min: min * 1000,
         idle_ms_max: max * 1000,
         check_ins_per_second_max: u32::MAX,
-    }
-}
-
-fn is_contributed(response: &Response) -> bool {
-    let Response::SubmitUpdate(answer) = response else { return false };
-    let Some(Outcome::Ended(ended)) = &answer.outcome else { return false };
-    ended.reason() == wire::EndReason::Contributed
-}
-
-fn sent_bytes(request: &Request) -> u64 {
-    match request {
-        Request::WriteBlobChunk(chunk) => chunk.data.len() as u64,
-        Request::SubmitUpdate(submit) => {
-            match submit.update.as_ref().and_then(|update| update.source.as_ref()) {
-                Some(wire::resource::Source::Inline(bytes)) => bytes.len() as u64,
-                Some(wire::resource::Source::Blob(_)) | None => 0,
-            }
-        }
-        Request::CheckIn(_) | Request::ReportTaskResult(_) | Request::ReportRelease(_) => 0,
     }
 }
 

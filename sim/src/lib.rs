@@ -1,6 +1,7 @@
 //! Fleets on one machine, running the shipped device and coordinator sides.
 
 pub mod baselines;
+pub mod bench;
 pub mod experiment;
 pub mod fleet;
 pub mod pool;

@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{pretrain, run, tools};
+use fleetune_sim::{bench, pretrain, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -22,6 +22,9 @@ enum Command {
     Tokenize(tools::TokenizeArgs),
     /// Continue a text.
     Generate(tools::GenerateArgs),
+    /// Measure parts of the system by themselves.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Train a small base model from plain text.
     Pretrain(pretrain::PretrainArgs),
 }
@@ -34,6 +37,7 @@ fn main() -> anyhow::Result<()> {
         Command::Eval(args) => tools::eval(&args),
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Generate(args) => tools::generate_text(&args),
+        Command::Bench(command) => bench::run(&command),
         Command::Pretrain(args) => pretrain::run(&args),
     }
 }

@@ -4,9 +4,11 @@
 pub(crate) mod html;
 #[cfg(test)]
 mod sample;
+mod secure;
 pub(crate) mod table;
 mod words;
 
+use fleetune_coordinator::CohortRecord;
 use serde::{Deserialize, Serialize};
 
 /// Everything a run found out. `report.json` is this value.
@@ -42,8 +44,10 @@ pub struct Report {
     pub seconds: f64,
     /// Worker threads.
     pub threads: usize,
-    /// Aggregation protocol.
+    /// Aggregation protocol: "secagg+" or "insecure_plaintext".
     pub aggregation: String,
+    /// Numbers of secure aggregation; null under the plaintext protocol.
+    pub secure_aggregation: Option<SecureReport>,
     /// The privacy statement; null until the run is private.
     pub privacy: Option<serde_json::Value>,
     /// The same in words.
@@ -95,6 +99,8 @@ pub struct RoundReport {
     pub completed: u32,
     /// Devices lost: vanished, withdrawn or too late.
     pub dropped: u32,
+    /// Cohorts of secure aggregation; empty under the plaintext protocol.
+    pub cohorts: Vec<CohortRecord>,
     /// Mean training NLL of the contributors, nats a token.
     pub train_nll: f64,
     /// NLL on seen users' test text; null where this round was not evaluated.
@@ -109,6 +115,38 @@ pub struct RoundReport {
     pub virtual_seconds: f64,
     /// Wall-clock seconds that the simulation took.
     pub seconds: f64,
+}
+
+/// Secure aggregation over all finished rounds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SecureReport {
+    /// Members of the largest cohort.
+    pub cohort: u32,
+    /// Neighbours of each of them.
+    pub k: u32,
+    /// Shares that rebuild a secret there.
+    pub t: u32,
+    /// Cohorts whose sum was opened.
+    pub opened: u32,
+    /// Cohorts that failed.
+    pub failed: u32,
+    /// Devices lost, by step.
+    pub dropouts: Dropouts,
+}
+
+/// Devices lost, by step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Dropouts {
+    /// Selected, but never advertised keys: lost while it trained, or too late.
+    pub advertise: u32,
+    /// Lost before it shared its secrets.
+    pub share: u32,
+    /// Lost before it delivered its masked update: not in the sum.
+    pub mask: u32,
+    /// In the sum, lost before it confirmed the survivors.
+    pub confirm: u32,
+    /// In the sum, lost before it revealed shares.
+    pub reveal: u32,
 }
 
 /// Two mean NLLs in nats a token, and next-token accuracies.

@@ -11,7 +11,7 @@ use crate::{
     pool::{Pending, Pool},
     report::{
         CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
-        ReleaseReport, Report, RoundReport, Sample, Scores, html, table,
+        ReleaseReport, Report, RoundReport, Sample, Scores, SecureReport, html, table,
     },
     scenario::Scenario,
 };
@@ -63,6 +63,11 @@ pub struct RunArgs {
     pub out: PathBuf,
 }
 
+const SECURE: &str = "This run was not private: no noise was added. The coordinator learned sums of clipped \
+                      updates and no single one (secagg+); what the sums say of one device is not bounded.";
+const PLAINTEXT: &str = "This run was not private: no noise was added, and the coordinator saw each clipped \
+                         update (insecure_plaintext).";
+
 /// Runs and writes the report; its path is the last line printed.
 pub fn run(args: &RunArgs) -> Result<Report> {
     let started = Instant::now();
@@ -89,6 +94,8 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let devices = alone.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
     let adapter = Adapter::new(Arc::clone(&experiment.layout), trained.adapter)?;
     let scores = trained.scores;
+    let is_secure = scenario.aggregation_plan()?.secure.is_some();
+    let secure_aggregation = is_secure.then(|| SecureReport::of(&trained.rounds));
     let report = Report {
         version: env!("CARGO_PKG_VERSION").into(),
         model: ModelReport {
@@ -117,12 +124,10 @@ pub fn run(args: &RunArgs) -> Result<Report> {
         peak_rss_mib: peak_rss_mib(),
         seconds: started.elapsed().as_secs_f64(),
         threads,
-        aggregation: scenario.aggregation.protocol.clone(),
+        aggregation: if is_secure { "secagg+".into() } else { "insecure_plaintext".into() },
+        secure_aggregation,
         privacy: None,
-        privacy_in_words:
-            "This run was not private: no noise was added, and the coordinator saw each clipped update \
-                           (insecure_plaintext)."
-                .into(),
+        privacy_in_words: if is_secure { SECURE.into() } else { PLAINTEXT.into() },
     };
     write_out(&args.out, &report, &adapter, &outcome)?;
     print!("{}", table::table(&report));
@@ -211,6 +216,7 @@ impl<'a> RoundLog<'a> {
             selected: record.selected,
             completed: record.completed,
             dropped: record.selected - record.completed,
+            cohorts: record.aggregation.cohorts.clone(),
             train_nll: outcome.train_nll,
             eval_nll: None,
             heldout_nll: None,

@@ -6,8 +6,10 @@ use fleetune_coordinator::ServerOptimizer;
 use fleetune_model::adapter::LoraConfig;
 use fleetune_model::config::Projection;
 use fleetune_privacy::ClippingNorm;
-use fleetune_proto::{AggregationPlan, AggregationProtocol, Optimizer, TrainingPlan, round::RoundPolicy};
-use fleetune_secagg::RingBits;
+use fleetune_proto::{
+    AggregationPlan, AggregationProtocol, Optimizer, SecurePlan, TrainingPlan, round::RoundPolicy,
+};
+use fleetune_secagg::{Assumptions, MaskSuite, RingBits};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -56,6 +58,8 @@ pub struct Fleet {
     pub selection_s: u64,
     /// Virtual seconds from the first join to the last contribution.
     pub report_s: u64,
+    /// Virtual seconds that each of the four later steps of secure aggregation may take.
+    pub step_s: u64,
     /// A device without work comes back after this many virtual seconds.
     pub check_in_s: [u64; 2],
 }
@@ -66,6 +70,8 @@ pub struct Fleet {
 pub struct Devices {
     /// Chance that a selected device vanishes before it contributes.
     pub dropout: f64,
+    /// Chance that a device vanishes in each of the four later steps of secure aggregation.
+    pub step_dropout: f64,
     /// Virtual seconds until it is back.
     pub offline_s: u64,
     /// Virtual seconds of one optimizer step on a median device.
@@ -120,12 +126,24 @@ pub struct Training {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Aggregation {
-    /// "insecure_plaintext".
+    /// "secagg_plus" or "insecure_plaintext".
     pub protocol: String,
     /// L2 bound of an update.
     pub clipping_norm: f32,
     /// Width of the ring, 8 to 32.
     pub ring_bits: u32,
+    /// "aes128_ctr" or "chacha20".
+    pub mask_suite: String,
+    /// Most devices of a cohort; larger rounds are split.
+    pub cohort_max: u32,
+    /// Devices that may collude with the coordinator, thousandths.
+    pub corrupted_permille: u32,
+    /// Devices that may vanish in the middle, thousandths.
+    pub dropout_permille: u32,
+    /// Privacy fails below 2^-sigma.
+    pub sigma: u32,
+    /// A session fails for want of shares below 2^-eta.
+    pub eta: u32,
 }
 
 /// From a sum to the next adapter.
@@ -216,6 +234,9 @@ impl Scenario {
             "fleet.check_in_s: the first is at most the second"
         );
         ensure!((0.0..1.0).contains(&self.devices.dropout), "devices.dropout: 0 up to, without, 1");
+        let step_dropout = self.devices.step_dropout;
+        ensure!((0.0..1.0).contains(&step_dropout), "devices.step_dropout: 0 up to, without, 1");
+        ensure!(fleet.step_s >= 1, "fleet.step_s: at least 1");
         ensure!(
             self.devices.step_s >= 0.0 && self.devices.step_s.is_finite(),
             "devices.step_s: not negative"
@@ -265,18 +286,32 @@ impl Scenario {
     /// From updates to a sum as the plan says it.
     pub fn aggregation_plan(&self) -> Result<AggregationPlan> {
         let a = &self.aggregation;
-        ensure!(
-            a.protocol == "insecure_plaintext",
-            "aggregation.protocol: {:?}; only \"insecure_plaintext\" is there yet",
-            a.protocol
-        );
+        let protocol = match a.protocol.as_str() {
+            "secagg_plus" => AggregationProtocol::SecaggPlus,
+            "insecure_plaintext" => AggregationProtocol::InsecurePlaintext,
+            other => anyhow::bail!("aggregation.protocol: {other:?}; secagg_plus or insecure_plaintext"),
+        };
+        let secure = self.secure_plan()?;
         Ok(AggregationPlan {
-            protocol: AggregationProtocol::InsecurePlaintext,
+            protocol,
+            secure: (protocol == AggregationProtocol::SecaggPlus).then_some(secure),
             clipping_norm: ClippingNorm::new(a.clipping_norm).context("aggregation.clipping_norm")?,
             ring_bits: RingBits::new(a.ring_bits).context("aggregation.ring_bits")?,
             summands_max: self.fleet.cohort,
             summands_min: self.fleet.reports_min,
         })
+    }
+
+    fn secure_plan(&self) -> Result<SecurePlan> {
+        let a = &self.aggregation;
+        let mask_suite = match a.mask_suite.as_str() {
+            "aes128_ctr" => MaskSuite::Aes128Ctr,
+            "chacha20" => MaskSuite::ChaCha20,
+            other => anyhow::bail!("aggregation.mask_suite: {other:?}; aes128_ctr or chacha20"),
+        };
+        let assumptions = Assumptions::new(a.corrupted_permille, a.dropout_permille, a.sigma, a.eta)
+            .context("aggregation")?;
+        Ok(SecurePlan { mask_suite, cohort_max: a.cohort_max, assumptions })
     }
 
     /// How rounds select and wait.
@@ -294,6 +329,7 @@ impl Scenario {
             reports_min: self.fleet.reports_min,
             selection_ms: self.fleet.selection_s * 1000,
             report_ms: self.fleet.report_s * 1000,
+            step_ms: self.fleet.step_s * 1000,
         }
     }
 

@@ -3,6 +3,8 @@
 mod fleet;
 mod full_disk;
 mod hostile;
+mod killed;
+mod scripted;
 mod tls;
 
 use crate::support::root;
@@ -39,16 +41,43 @@ optimizer = "fedavg"
 learning_rate = 1.0
 "#;
 
+/// All of eight; a device that waits for the others' keys asks again within seconds.
+const EIGHT: &str = "report_goal = 8\nselected_max = 8\nreports_min = 8\nreport_ms = 60000\nstep_ms = 30000";
+
+/// All of four.
+const FOUR: &str = "report_goal = 4\nselected_max = 4\nreports_min = 4\nreport_ms = 30000\nstep_ms = 30000";
+
 #[test]
 fn eight_devices_equal_the_simulator() {
-    let site = Site::new(8, "report_goal = 8\nselected_max = 8\nreports_min = 8", 3, 2);
+    let site = Site::new(8, EIGHT, 3, 2);
+    eight_devices_run(&site);
+    let attempts = site.status()["tasks"][0]["attempts"].clone();
+    for attempt in attempts.as_array().expect("attempts") {
+        let aggregation = &attempt["aggregation"];
+        assert_eq!(aggregation["protocol"], "secagg+", "{attempt}");
+        let cohort = &aggregation["cohorts"][0];
+        assert_eq!(
+            (cohort["members"].as_u64(), cohort["survivors"].as_u64()),
+            (Some(8), Some(8)),
+            "{attempt}"
+        );
+    }
+}
+
+#[test]
+fn eight_insecure_devices_equal_the_simulator() {
+    eight_devices_run(&Site::insecure(8, EIGHT, 3, 2));
+}
+
+/// To the release, which answers, over the simulator's final checkpoint.
+fn eight_devices_run(site: &Site) {
     let _coordinator = site.coordinator();
     let devices: Vec<_> =
         (0..8).map(|user| site.device(user, &hex::encode(training_seed(SEED, user)))).collect();
     wait_until("eight devices run the release", || {
         (0..8).all(|user| site.device_status(user)["releases"]["active"].as_u64() == Some(1))
     });
-    assert_eq!(site.status()["tasks"][0]["checkpoint"].as_str(), Some(simulated(&site).as_str()));
+    assert_eq!(site.status()["tasks"][0]["checkpoint"].as_str(), Some(simulated(site).as_str()));
     drop(devices);
     let answer = site.generate(3, "My lord,");
     assert!(!answer.trim().is_empty(), "the released model answers");
@@ -73,9 +102,9 @@ fn simulated(site: &Site) -> String {
 
 #[test]
 fn a_killed_coordinator_goes_on_from_its_checkpoint() {
-    let site = Site::new(2, "report_goal = 2\nselected_max = 2\nreports_min = 2", 4, 2);
+    let site = Site::new(4, FOUR, 4, 2);
     let coordinator = site.coordinator();
-    let _devices: Vec<_> = (0..2).map(|user| site.device(user, &hex::encode([7; 32]))).collect();
+    let _devices: Vec<_> = (0..4).map(|user| site.device(user, &hex::encode([7; 32]))).collect();
     wait_until("a round has finished", || site.round() >= 1);
     drop(coordinator); // SIGKILL
     let (round, checkpoint) = (site.round(), site.status()["tasks"][0]["checkpoint"].clone());
@@ -92,14 +121,15 @@ fn a_killed_coordinator_goes_on_from_its_checkpoint() {
 
 #[test]
 fn a_killed_device_costs_nothing_and_comes_back() {
-    let site = Site::new(3, "report_goal = 3\nselected_max = 3\nreports_min = 2\nreport_ms = 15000", 3, 60);
+    let policy = "report_goal = 5\nselected_max = 5\nreports_min = 4\nreport_ms = 25000\nstep_ms = 10000";
+    let site = Site::new(5, policy, 3, 60);
     let _coordinator = site.coordinator();
-    let _others: Vec<_> = (1..3).map(|user| site.device(user, &hex::encode([8; 32]))).collect();
+    let _others: Vec<_> = (1..5).map(|user| site.device(user, &hex::encode([8; 32]))).collect();
     let victim = site.device(0, &hex::encode([9; 32]));
     wait_until("the victim is selected", || site.device_log(0).contains("selected"));
     drop(victim); // SIGKILL while it trains
     wait_until("the round completes without it", || site.round() >= 1);
-    assert_eq!(site.status()["tasks"][0]["attempts"][0]["completed"].as_u64(), Some(2));
+    assert_eq!(site.status()["tasks"][0]["attempts"][0]["completed"].as_u64(), Some(4));
     let _back = site.device(0, &hex::encode([9; 32]));
     wait_until("it takes part again", || site.device_log(0).contains("contributed"));
     wait_until("all rounds have finished", || site.round() == 3);
@@ -107,7 +137,7 @@ fn a_killed_device_costs_nothing_and_comes_back() {
 
 #[test]
 fn a_broken_base_or_broken_data_is_named_and_nothing_starts() {
-    let site = Site::new(1, "report_goal = 2\nselected_max = 2\nreports_min = 2", 1, 1);
+    let site = Site::new(1, FOUR, 1, 1);
     let bytes = fs::read(root().join("sim/base/fleetune-base.q8_0.gguf")).expect("the embedded base");
     fs::write(site.path("base.gguf"), &bytes[..bytes.len() / 2]).expect("a truncated model");
     let error = site.coordinator_error();

@@ -89,3 +89,29 @@ impl Floors {
         if count < floor { Err(Abort::TooFewSurvivors { survivors: count, floor }) } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parameters::{Assumptions, solve};
+
+    /// What a coordinator computes under its defaults, a device accepts under its own.
+    #[test]
+    fn the_defaults_of_both_sides_fit_each_other() {
+        let floors = Floors::default();
+        let assumptions = Assumptions::new(100, 200, 80, 20).unwrap();
+        for n in (4..400).chain((400..1400).step_by(97)) {
+            let Ok(degrees) = solve(n, &assumptions) else { panic!("{n} devices") };
+            let checked =
+                parameters::check(n, degrees, floors.corrupted_permille, floors.missing_max(n), floors.sigma);
+            assert_eq!(checked, Ok(()), "{n} devices, {degrees:?}");
+        }
+    }
+
+    #[test]
+    fn survivors_are_counted_against_both_floors() {
+        let floors = Floors::default();
+        assert_eq!([4, 5, 10, 100].map(|n| floors.survivors_of(n)), [3, 3, 6, 60]);
+        assert_eq!(Floors { survivors_min: 50, ..floors }.survivors_of(60), 50);
+    }
+}

@@ -109,9 +109,13 @@ fn privacy(report: &Report) -> String {
     };
     format!(
         "<section class=\"privacy {class}\">\n<h2>{title}</h2>\n<p>{}</p>\n{statement}\n\
-         <p>Aggregation: <code>{}</code>.</p>\n</section>\n",
+         <p>Aggregation: <code>{}</code>{}.</p>\n</section>\n",
         escape(&report.privacy_in_words),
-        escape(&report.aggregation)
+        escape(&report.aggregation),
+        report
+            .secure_aggregation
+            .as_ref()
+            .map_or_else(String::new, |s| format!(": {}", escape(&s.in_words())))
     )
 }
 

@@ -61,11 +61,10 @@ pub(super) fn report() -> Report {
         peak_rss_mib: 212.4,
         seconds: 71.3,
         threads: 2,
-        aggregation: "insecure_plaintext".into(),
+        aggregation: "secagg+".into(),
+        secure_aggregation: Some(SecureReport::of(&rounds)),
         privacy: None,
-        privacy_in_words:
-            "This run was not private: no noise was added, and the coordinator saw each clipped update."
-                .into(),
+        privacy_in_words: "This run was not private: no noise was added.".into(),
         rounds,
     }
 }
@@ -79,6 +78,14 @@ fn round(round: u32) -> RoundReport {
         selected: 10,
         completed: 8,
         dropped,
+        cohorts: vec![CohortRecord {
+            members: 8,
+            degree: 7,
+            threshold: 4,
+            dropouts: [0, u32::from(round == 2), 0, 0],
+            survivors: Some(8 - u32::from(round == 2)),
+            failure: None,
+        }],
         train_nll: 4.75 - 0.55 * fall,
         eval_nll: (round == 1 || round.is_multiple_of(2)).then_some(4.782 - 0.582 * fall),
         heldout_nll: (round == 1 || round.is_multiple_of(2)).then_some(4.723 - 0.549 * fall),

@@ -24,6 +24,9 @@ pub(crate) fn table(report: &Report) -> String {
     lines.extend(release(report));
     lines.push(cost(report));
     lines.push(format!("adapter     sha256 {}, seed {}", report.r#final.adapter_sha256, report.seed));
+    lines.extend(
+        report.secure_aggregation.as_ref().map(|s| format!("{:<11} {}", report.aggregation, s.in_words())),
+    );
     lines.push(format!("privacy     {}", plain(&report.privacy_in_words)));
     lines.push(String::new());
     lines.push(format!("{}.", words::headline(report)));

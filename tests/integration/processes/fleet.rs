@@ -1,7 +1,9 @@
 //! A folder with a coordinator's configuration and devices' data, and the processes in it.
 
 use crate::support::{program, root};
+use ed25519_dalek::SigningKey;
 use fleetune_client::data::{Dataset, Group, UserData};
+use fleetune_secagg::{Certificate, Identity, Registrars};
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
@@ -34,14 +36,31 @@ pub(super) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// How the site's task adds updates up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Aggregation {
+    Secure,
+    InsecurePlaintext,
+}
+
 pub(super) struct Site {
     folder: TempDir,
     public_key: String,
+    aggregation: Aggregation,
 }
 
 impl Site {
     /// Data for `users` devices, and a coordinator's configuration with one task on the embedded base.
     pub(super) fn new(users: usize, round: &str, rounds: u32, steps: u32) -> Self {
+        Self::with(Aggregation::Secure, users, round, rounds, steps)
+    }
+
+    /// The same without secure aggregation.
+    pub(super) fn insecure(users: usize, round: &str, rounds: u32, steps: u32) -> Self {
+        Self::with(Aggregation::InsecurePlaintext, users, round, rounds, steps)
+    }
+
+    fn with(aggregation: Aggregation, users: usize, round: &str, rounds: u32, steps: u32) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = |name: &str| folder.path().join(name);
         fs::copy(root().join("sim/base/fleetune-base.q8_0.gguf"), path("base.gguf"))
@@ -49,11 +68,28 @@ impl Site {
         let mut keygen = Command::new(program("fleetune-coordinator"));
         let output = keygen.args(["keygen", "--out"]).arg(path("key.pem")).output().expect("keygen");
         let printed = String::from_utf8(output.stdout).expect("UTF-8");
-        let is_key = |word: &&str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
-        let public_key = printed.split_whitespace().find(is_key).expect("a public key").to_owned();
-        fs::write(path("coordinator.toml"), config(round, rounds, steps)).expect("a configuration");
+        let public_key = hex_word(&printed).expect("a public key").to_owned();
+        fs::write(path("coordinator.toml"), config(aggregation, round, rounds, steps))
+            .expect("a configuration");
         write_data(&folder, users);
-        Self { folder, public_key }
+        Self { folder, public_key, aggregation }
+    }
+
+    /// The coordinator's signing key, which devices trust; hex.
+    pub(super) fn public_key(&self) -> &str {
+        &self.public_key
+    }
+
+    /// Who certifies the site's devices.
+    pub(super) fn registrars(&self) -> Registrars {
+        Registrars::Keys(vec![registrar().verifying_key()])
+    }
+
+    /// A registered identity that no process of the site has.
+    pub(super) fn identity(&self, number: u8) -> Identity {
+        let key = SigningKey::from_bytes(&[number; 32]);
+        let certificate = certify(key.verifying_key().to_bytes());
+        Identity::new(key, certificate).expect("its own certificate")
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -114,8 +150,28 @@ impl Site {
         command.arg("--data").arg(self.path(&format!("user-{user}.jsonl")));
         command.arg("--state").arg(self.path(&format!("state-{user}")));
         command.args(["--population", "test", "--trust-key", &self.public_key, "--device-seed", seed]);
-        command.arg("--insecure-allow-plaintext-aggregation").stdout(Stdio::null());
+        match self.aggregation {
+            Aggregation::InsecurePlaintext => {
+                command.arg("--insecure-allow-plaintext-aggregation");
+            }
+            Aggregation::Secure => {
+                let certificate = certify(self.device_key(user));
+                command.args(["--registrar", &hex::encode(registrar().verifying_key().to_bytes())]);
+                command.args(["--certificate", &hex::encode(certificate.to_bytes())]);
+            }
+        }
+        command.stdout(Stdio::null());
         command
+    }
+
+    /// The public key that a device shows its registrar.
+    fn device_key(&self, user: usize) -> [u8; 32] {
+        let mut command = Command::new(program("fleetune-device"));
+        command.args(["identity", "--state"]).arg(self.path(&format!("state-{user}")));
+        let output = command.output().expect("identity");
+        let printed = String::from_utf8(output.stdout).expect("UTF-8");
+        let key = hex_word(&printed).unwrap_or_else(|| panic!("a key in {printed:?}"));
+        hex::decode(key).expect("hex").try_into().expect("32 bytes")
     }
 
     fn log(&self, name: &str) -> File {
@@ -163,11 +219,32 @@ fn json_of(command: &mut Command) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
 }
 
-fn config(round: &str, rounds: u32, steps: u32) -> String {
+/// The first word of 64 hexadecimal digits.
+fn hex_word(text: &str) -> Option<&str> {
+    let is_key = |word: &&str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    text.split_whitespace().find(is_key)
+}
+
+/// Certifies the site's devices; neither the coordinator nor a device has this key.
+fn registrar() -> SigningKey {
+    SigningKey::from_bytes(&[200; 32])
+}
+
+fn certify(public_key: [u8; 32]) -> Certificate {
+    Certificate::issue(&registrar(), "test", public_key, u64::MAX)
+}
+
+fn config(aggregation: Aggregation, round: &str, rounds: u32, steps: u32) -> String {
+    let protocol = match aggregation {
+        Aggregation::Secure => "",
+        Aggregation::InsecurePlaintext => "protocol = \"insecure_plaintext\"\nsummands_min = 2",
+    };
+    let registrar = hex::encode(registrar().verifying_key().to_bytes());
     format!(
         r#"
 population = "test"
 signing_key_file = "key.pem"
+registrars = ["{registrar}"]
 [pace]
 soon_ms = 200
 idle_ms_min = 500
@@ -189,6 +266,7 @@ learning_rate = 5e-3
 learning_rate_final_fraction = 0.15
 [task.aggregation]
 summands_max = 8
+{protocol}
 [task.round]
 selection_ms = 4000
 {round}

@@ -1,5 +1,6 @@
 //! A really full disk under the coordinator: a small memory file system filled to the last byte.
 
+use super::FOUR;
 use super::fleet::{Site, wait_until};
 use std::{
     fs::{self, File},
@@ -36,14 +37,14 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_stops_the_rounds_and_loses_nothing() {
-    let site = Site::new(2, "report_goal = 2\nselected_max = 2\nreports_min = 2", 4, 1);
+    let site = Site::new(4, FOUR, 4, 1);
     let Some(disk) = SmallDisk::mount(site.path("disk")) else {
         eprintln!("NOT RUN: this user may not mount a memory file system");
         return;
     };
     move_storage(&site.path("coordinator.toml"));
     let _coordinator = site.coordinator();
-    let _devices: Vec<_> = (0..2).map(|user| site.device(user, &hex::encode([7; 32]))).collect();
+    let _devices: Vec<_> = (0..4).map(|user| site.device(user, &hex::encode([7; 32]))).collect();
     wait_until("a round has finished", || site.round() >= 1);
     let filler = disk.fill();
     wait_until("the coordinator says that the disk is full", || {

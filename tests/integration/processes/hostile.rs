@@ -66,7 +66,7 @@ fn session(transport: &mut GrpcTransport) -> Vec<u8> {
 
 #[test]
 fn every_lie_has_its_status_and_the_coordinator_goes_on() {
-    let site = Site::new(1, "report_goal = 2\nselected_max = 2\nreports_min = 2", 1, 1);
+    let site = Site::insecure(1, "report_goal = 2\nselected_max = 2\nreports_min = 2", 1, 1);
     let _coordinator = site.coordinator();
     let address = fs::read_to_string(site.path("address")).expect("an address");
     let coordinator = format!("http://{}", address.trim());

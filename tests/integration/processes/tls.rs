@@ -7,7 +7,7 @@ use std::fs;
 
 #[test]
 fn a_device_speaks_to_a_certified_coordinator_and_to_no_other() {
-    let site = Site::new(1, "report_goal = 2\nselected_max = 2\nreports_min = 2", 1, 1);
+    let site = Site::insecure(1, "report_goal = 2\nselected_max = 2\nreports_min = 2", 1, 1);
     let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
     let certificate = certified.cert.pem();
     fs::write(site.path("certificate.pem"), &certificate).expect("a file");
