@@ -7,7 +7,7 @@ use fleetune_secagg::{Certificate, Identity, Registrars};
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -46,6 +46,7 @@ pub(super) enum Aggregation {
 pub(super) struct Site {
     folder: TempDir,
     public_key: String,
+    registrar_key: String,
     aggregation: Aggregation,
 }
 
@@ -65,14 +66,12 @@ impl Site {
         let path = |name: &str| folder.path().join(name);
         fs::copy(root().join("sim/base/fleetune-base.q8_0.gguf"), path("base.gguf"))
             .expect("the embedded base");
-        let mut keygen = Command::new(program("fleetune-coordinator"));
-        let output = keygen.args(["keygen", "--out"]).arg(path("key.pem")).output().expect("keygen");
-        let printed = String::from_utf8(output.stdout).expect("UTF-8");
-        let public_key = hex_word(&printed).expect("a public key").to_owned();
-        fs::write(path("coordinator.toml"), config(aggregation, round, rounds, steps))
-            .expect("a configuration");
+        let public_key = keygen(&path("key.pem"));
+        let registrar_key = keygen(&path("registrar.pem"));
+        let config = config(aggregation, &registrar_key, round, rounds, steps);
+        fs::write(path("coordinator.toml"), config).expect("a configuration");
         write_data(&folder, users);
-        Self { folder, public_key, aggregation }
+        Self { folder, public_key, registrar_key, aggregation }
     }
 
     /// The coordinator's signing key, which devices trust; hex.
@@ -82,14 +81,16 @@ impl Site {
 
     /// Who certifies the site's devices.
     pub(super) fn registrars(&self) -> Registrars {
-        Registrars::Keys(vec![registrar().verifying_key()])
+        let key = hex::decode(&self.registrar_key).expect("hex").try_into().expect("32 bytes");
+        Registrars::from_keys(&[key]).expect("a sound key")
     }
 
     /// A registered identity that no process of the site has.
     pub(super) fn identity(&self, number: u8) -> Identity {
         let key = SigningKey::from_bytes(&[number; 32]);
-        let certificate = certify(key.verifying_key().to_bytes());
-        Identity::new(key, certificate).expect("its own certificate")
+        let certificate = self.certify(&hex::encode(key.verifying_key().to_bytes()));
+        let certificate = Certificate::from_bytes(&hex::decode(certificate).expect("hex"));
+        Identity::new(key, certificate.expect("a certificate")).expect("its own certificate")
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -155,23 +156,22 @@ impl Site {
                 command.arg("--insecure-allow-plaintext-aggregation");
             }
             Aggregation::Secure => {
-                let certificate = certify(self.device_key(user));
-                command.args(["--registrar", &hex::encode(registrar().verifying_key().to_bytes())]);
-                command.args(["--certificate", &hex::encode(certificate.to_bytes())]);
+                let state = self.path(&format!("state-{user}"));
+                let mut identity = Command::new(program("fleetune-device"));
+                let public_key = printed(identity.args(["identity", "--state"]).arg(state));
+                command.args(["--registrar", &self.registrar_key]);
+                command.args(["--certificate", &self.certify(public_key.trim())]);
             }
         }
         command.stdout(Stdio::null());
         command
     }
 
-    /// The public key that a device shows its registrar.
-    fn device_key(&self, user: usize) -> [u8; 32] {
+    /// What the registrar writes for a device's public key; both in hex.
+    fn certify(&self, public_key: &str) -> String {
         let mut command = Command::new(program("fleetune-device"));
-        command.args(["identity", "--state"]).arg(self.path(&format!("state-{user}")));
-        let output = command.output().expect("identity");
-        let printed = String::from_utf8(output.stdout).expect("UTF-8");
-        let key = hex_word(&printed).unwrap_or_else(|| panic!("a key in {printed:?}"));
-        hex::decode(key).expect("hex").try_into().expect("32 bytes")
+        command.args(["certify", "--population", "test", "--public-key", public_key, "--registrar-key"]);
+        printed(command.arg(self.path("registrar.pem"))).trim().to_owned()
     }
 
     fn log(&self, name: &str) -> File {
@@ -205,6 +205,13 @@ impl Site {
         json_of(&mut command)
     }
 
+    /// The step of secure aggregation whose message is on a device's disk, from 1; 0 for none.
+    pub(super) fn kept_step(&self, user: usize) -> u64 {
+        let record = fs::read(self.path(&format!("state-{user}/aggregation"))).unwrap_or_default();
+        let session = field(&record, SESSION).map_or(&[][..], |(_, bytes)| bytes);
+        field(session, STEP).map_or(0, |(number, _)| number)
+    }
+
     pub(super) fn generate(&self, user: usize, prompt: &str) -> String {
         let mut command = Command::new(program("fleetune-device"));
         command.args(["generate", "--prompt", prompt, "--max-tokens", "8", "--state"]);
@@ -214,32 +221,55 @@ impl Site {
     }
 }
 
+/// Fields of a device's record: the session, a message, and its step, a number.
+const SESSION: u64 = 2;
+const STEP: u64 = 8;
+
+/// A field of a protocol buffers message: its number, or its length and bytes.
+fn field(mut message: &[u8], wanted: u64) -> Option<(u64, &[u8])> {
+    while !message.is_empty() {
+        let (tag, value) = (varint(&mut message)?, varint(&mut message)?);
+        let length = if tag & 7 == 2 { usize::try_from(value).ok()? } else { 0 };
+        let (bytes, rest) = message.split_at_checked(length)?;
+        if tag >> 3 == wanted {
+            return Some((value, bytes));
+        }
+        message = rest;
+    }
+    None
+}
+
+fn varint(message: &mut &[u8]) -> Option<u64> {
+    let length = message.iter().position(|byte| byte & 0x80 == 0)? + 1;
+    let (bytes, rest) = message.split_at(length);
+    *message = rest;
+    Some(bytes.iter().rev().fold(0, |value, byte| value << 7 | u64::from(byte & 0x7f)))
+}
+
 fn json_of(command: &mut Command) -> Value {
     let output = command.output().expect("the program runs");
     serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
 }
 
-/// The first word of 64 hexadecimal digits.
-fn hex_word(text: &str) -> Option<&str> {
+/// Makes a key and gives its public half in hex: the first word of 64 hexadecimal digits.
+fn keygen(path: &Path) -> String {
+    let mut command = Command::new(program("fleetune-coordinator"));
+    let printed = printed(command.args(["keygen", "--out"]).arg(path));
     let is_key = |word: &&str| word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
-    text.split_whitespace().find(is_key)
+    printed.split_whitespace().find(is_key).expect("a public key").to_owned()
 }
 
-/// Certifies the site's devices; neither the coordinator nor a device has this key.
-fn registrar() -> SigningKey {
-    SigningKey::from_bytes(&[200; 32])
+fn printed(command: &mut Command) -> String {
+    let output = command.output().expect("the program runs");
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-fn certify(public_key: [u8; 32]) -> Certificate {
-    Certificate::issue(&registrar(), "test", public_key, u64::MAX)
-}
-
-fn config(aggregation: Aggregation, round: &str, rounds: u32, steps: u32) -> String {
+fn config(aggregation: Aggregation, registrar: &str, round: &str, rounds: u32, steps: u32) -> String {
     let protocol = match aggregation {
         Aggregation::Secure => "",
         Aggregation::InsecurePlaintext => "protocol = \"insecure_plaintext\"\nsummands_min = 2",
     };
-    let registrar = hex::encode(registrar().verifying_key().to_bytes());
     format!(
         r#"
 population = "test"

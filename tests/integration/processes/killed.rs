@@ -78,9 +78,9 @@ fn a_device_killed_at_any_step_goes_on_from_its_disk_and_contributes_once() {
         let victim = site.device(0, &hex::encode([9; 32]));
         let mut scripted = Scripted::new(&site);
         scripted.run_to(step);
-        wait_until("the victim's message is on its disk", || site.kept_step(0) == step as u32);
+        wait_until("the victim's message is on its disk", || site.kept_step(0) == step as u64);
         drop(victim); // SIGKILL
-        let _back = site.device(0, &hex::encode([10; 32]));
+        let _back = site.device(0, &hex::encode([9; 32]));
         scripted.contribute();
         wait_until("the round is over", || site.round() == 1);
         let attempts = attempts(&site);
