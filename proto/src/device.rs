@@ -21,6 +21,7 @@ use crate::{
     limits::*,
     manifest::ReleaseManifest,
     name::Name,
+    plan::TaskPlan,
     policy::PopulationPolicy,
     rpc::{CallFailure, FailureKind, Reaction},
     sign::{Purpose, TrustRoot},
@@ -174,6 +175,11 @@ impl Device {
             return None;
         }
         self.leave_late_session(now);
+        // Before a rest: the secrets of a session that is over do not stay on disk until the next.
+        if let Some(record) = self.unsaved_record() {
+            (self.in_flight, self.saving) = (true, true);
+            return Some(Action::Keep(record));
+        }
         if let State::Idle(until) = self.state {
             if now < until {
                 return None;
@@ -181,10 +187,6 @@ impl Device {
             self.wake();
         }
         self.in_flight = true;
-        if let Some(record) = self.unsaved_record() {
-            self.saving = true;
-            return Some(Action::Keep(record));
-        }
         Some(self.current_action())
     }
 
@@ -194,6 +196,7 @@ impl Device {
             return None;
         }
         match self.state {
+            State::Idle(_) if self.secure_step() != self.saved_step => Some(self.not_before),
             State::Idle(until) => Some(until.max(self.not_before)),
             State::CheckingIn(_)
             | State::Choosing(_)
@@ -503,7 +506,7 @@ impl Device {
     }
 
     fn handle_session_response(&mut self, mut session: Box<Session>, response: Response, now: UnixMillis) {
-        let policy = self.secure_policy();
+        let policy = self.secure_policy(session.plan());
         let mut around = Surroundings {
             policy: &policy,
             identity: self.setup.identity.as_deref(),
@@ -531,11 +534,11 @@ impl Device {
         }
     }
 
-    fn secure_policy(&self) -> DevicePolicy {
+    fn secure_policy(&self, plan: &TaskPlan) -> DevicePolicy {
         DevicePolicy {
             population: self.setup.population.as_str().to_owned(),
             registrars: self.setup.registrars.clone(),
-            floors: self.setup.floors.secure_floors(),
+            floors: self.setup.floors.secure_floors(plan),
         }
     }
 

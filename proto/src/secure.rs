@@ -8,7 +8,7 @@ use crate::{
     wire,
 };
 use fleetune_secagg::{
-    Advertisement, Certificate, Confirmation, Degrees, MEMBERS_MAX, Reveal, RevealedShare, RosterEntry,
+    Advertisement, Certificate, Confirmation, Degrees, DeviceId, MEMBERS_MAX, Reveal, RevealedShare, RosterEntry,
     RosterView, SealedShare, ShareBundle, SurvivorSet,
 };
 use zeroize::Zeroizing;
@@ -62,12 +62,18 @@ pub fn roster_to_wire(view: &RosterView) -> wire::Roster {
         index: view.index,
         path: view.path.concat(),
         neighbours: view.neighbours.iter().map(member).collect(),
+        ids: view.ids.iter().flat_map(|id| id.0).collect(),
     }
 }
 
 /// Reads a view of a roster; nothing is verified.
 pub fn parse_roster(wire: wire::Roster) -> Result<RosterView, WireError> {
     bounded("roster.neighbours", wire.neighbours.len(), NEIGHBOURS_MAX)?;
+    let (ids, rest) = wire.ids.as_chunks::<32>();
+    if ids.len() > MEMBERS_MAX || !rest.is_empty() {
+        let problem = format!("{} bytes; at most {MEMBERS_MAX} ids of 32", wire.ids.len());
+        return Err(WireError::invalid("roster.ids", problem));
+    }
     let entry = |member: wire::RosterMember| {
         Ok(RosterEntry {
             index: member.index,
@@ -77,6 +83,7 @@ pub fn parse_roster(wire: wire::Roster) -> Result<RosterView, WireError> {
     };
     Ok(RosterView {
         members: wire.members,
+        ids: ids.iter().map(|id| DeviceId(*id)).collect(),
         root: array("roster.root", &wire.root)?,
         degrees: Degrees { degree: wire.degree, threshold: wire.threshold },
         index: wire.index,

@@ -258,7 +258,7 @@ impl Device {
             return Err(Abort::NotASurvivor);
         }
         // Differencing: a sum of too few says too much of each.
-        policy.floors.check_survivors(survivors)?;
+        policy.floors.check_survivors(survivors, roster.degrees.degree)?;
         let mut present = 0;
         for (neighbour, held) in roster.neighbours.iter().zip(held) {
             if survivors.contains(neighbour.index) {
@@ -285,17 +285,7 @@ impl Device {
             return Err(self.out_of_order("confirmations"));
         };
         let threshold = roster.degrees.threshold;
-        let sha256 = survivors.sha256();
-        let mut valid = 0;
-        for neighbour in roster.neighbours.iter().filter(|n| survivors.contains(n.index)) {
-            let signed = |c: &&Confirmation| {
-                c.index == neighbour.index && c.verify(&roster.binding, &sha256, &neighbour.public_key)
-            };
-            valid += u32::from(confirmations.iter().find(signed).is_some());
-            if valid >= threshold {
-                break;
-            }
-        }
+        let valid = roster.confirmed(confirmations, survivors);
         if valid < threshold {
             return Err(Abort::Unconfirmed { valid, threshold });
         }
@@ -404,6 +394,25 @@ impl Roster {
             &tag.into(),
         );
         if opened.is_ok() { Held::Shares(SharePair::from_bytes(&text)) } else { Held::MaskOnly }
+    }
+
+    /// Neighbours that have signed these survivors, counted up to the threshold.
+    fn confirmed(&self, confirmations: &[Confirmation], survivors: &SurvivorSet) -> u32 {
+        let survivors_sha256 = survivors.sha256();
+        let surviving = self.neighbours.iter().filter(|n| survivors.contains(n.index));
+        let of = |neighbour: &Neighbour| confirmations.iter().find(|c| c.index == neighbour.index);
+        let signed: Vec<(&Confirmation, &[u8; 32])> =
+            surviving.filter_map(|n| of(n).map(|c| (c, &n.public_key))).collect();
+        let threshold = self.degrees.threshold as usize;
+        let first = &signed[..signed.len().min(threshold)];
+        let count = if Confirmation::verify_all(first, &self.binding, &survivors_sha256) {
+            first.len()
+        } else {
+            let is_valid =
+                |(c, key): &&(&Confirmation, &[u8; 32])| c.verify(&self.binding, &survivors_sha256, key);
+            signed.iter().filter(is_valid).take(threshold).count()
+        };
+        u32::try_from(count).unwrap_or(u32::MAX)
     }
 
     fn check_present(&self, present: usize, step: &'static str) -> Result<(), Abort> {

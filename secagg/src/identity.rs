@@ -93,6 +93,11 @@ impl Certificate {
         DeviceId(Sha256::digest(self.public_key).into())
     }
 
+    /// What the registrar has signed.
+    pub(crate) fn message(&self, population: &str) -> Vec<u8> {
+        certified(population, &self.public_key, self.expires_unix_ms)
+    }
+
     /// The bytes that travel: 32 of the key, 8 of the time (little-endian), 64 of the signature.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; 104] {
@@ -126,6 +131,14 @@ impl Registrars {
         keys.iter().map(verifying_key).collect::<Result<_, _>>().map(Self::Keys)
     }
 
+    /// The registrar, if there is one and no other.
+    pub(crate) fn only(&self) -> Option<&VerifyingKey> {
+        match self {
+            Self::Keys(keys) if keys.len() == 1 => keys.first(),
+            Self::Keys(_) | Self::InsecureAnyone => None,
+        }
+    }
+
     /// True if no key whatever can certify a device.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -146,7 +159,7 @@ impl Registrars {
         if certificate.expires_unix_ms <= now_unix_ms {
             return Err(CertificateError::Expired);
         }
-        let message = certified(population, &certificate.public_key, certificate.expires_unix_ms);
+        let message = certificate.message(population);
         let signature = Signature::from_bytes(&certificate.signature);
         let signed = |registrar: &VerifyingKey| registrar.verify_strict(&message, &signature).is_ok();
         let is_certified = match self {

@@ -7,7 +7,7 @@
 use crate::{
     identity::DeviceId,
     mask::MaskSeed,
-    session_id::{Labelled, SessionId, labelled},
+    session_id::{Labelled, SessionId, Terms, labelled},
 };
 use hkdf::Hkdf;
 use sha2::Sha256;
@@ -73,6 +73,16 @@ const fn with_ends(first: u8, middle: u8, last: u8) -> [u8; 32] {
 }
 
 impl Binding {
+    /// Binds to a session and a roster: the Merkle root over the entries, their number, and whose they are.
+    pub(crate) fn new(terms: &Terms, merkle_root: &[u8; 32], ids: &[DeviceId]) -> Self {
+        let mut hash = Labelled::new("roster");
+        hash.bytes(&(ids.len() as u64).to_le_bytes());
+        hash.bytes(merkle_root);
+        ids.iter().for_each(|id| hash.bytes(&id.0));
+        let Terms { session, config_sha256, .. } = *terms;
+        Self { session, config_sha256, roster_root: hash.finish() }
+    }
+
     /// The AEAD key for shares from `from` to `to`. Each direction has its own, used for one message.
     pub(crate) fn share_key(&self, shared: &SharedSecret, from: End<'_>, to: End<'_>) -> Zeroizing<[u8; 32]> {
         let mut info = self.pair_info("share-aead", from, to);

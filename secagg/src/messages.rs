@@ -16,7 +16,7 @@ use crate::{
     roster_tree::leaf_hash,
     session_id::{Labelled, SessionId},
 };
-use ed25519_dalek::Signature;
+use ed25519_dalek::{Signature, verify_batch};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -68,7 +68,10 @@ pub struct RosterEntry {
 pub struct RosterView {
     /// Members.
     pub members: u32,
-    /// Merkle root over all members in the order of their ids.
+    /// The ids of all members, ascending. Each device holds its neighbours to them, so an identity has one
+    /// place in the roster and the coordinator cannot choose which.
+    pub ids: Vec<DeviceId>,
+    /// Merkle root over the members' entries in that order.
     pub root: [u8; 32],
     /// Neighbours of each member, and shares that rebuild a secret.
     pub degrees: Degrees,
@@ -160,13 +163,62 @@ impl Advertisement {
         population: &str,
         now_unix_ms: u64,
     ) -> Result<(), AdvertisementError> {
-        if is_low_order(&self.share_key) || is_low_order(&self.mask_key) {
-            return Err(AdvertisementError::LowOrder);
-        }
+        self.check_keys()?;
         let key = registrars.verify(&self.certificate, population, now_unix_ms)?;
-        let message = advertised(session, &self.share_key, &self.mask_key, &self.nonce);
-        key.verify_strict(&message, &Signature::from_bytes(&self.signature))
+        key.verify_strict(&self.message(session), &Signature::from_bytes(&self.signature))
             .map_err(|_| AdvertisementError::Signature)
+    }
+
+    /// Checks several at once, in half the time: all their signatures in one equation (Bernstein et al. 2012,
+    /// "High-speed high-security signatures", section 5), and one by one only if that does not hold.
+    ///
+    /// # Errors
+    /// The place of the first that is refused, and why.
+    pub fn verify_all(
+        advertisements: &[&Self],
+        session: &SessionId,
+        registrars: &Registrars,
+        population: &str,
+        now_unix_ms: u64,
+    ) -> Result<(), (usize, AdvertisementError)> {
+        if Self::verify_batch(advertisements, session, registrars, population, now_unix_ms) {
+            return Ok(());
+        }
+        let verify = |advertisement: &Self| advertisement.verify(session, registrars, population, now_unix_ms);
+        let mut refused = (0..).zip(advertisements).filter_map(|(i, a)| verify(a).err().map(|error| (i, error)));
+        refused.next().map_or(Ok(()), Err)
+    }
+
+    fn verify_batch(
+        advertisements: &[&Self],
+        session: &SessionId,
+        registrars: &Registrars,
+        population: &str,
+        now_unix_ms: u64,
+    ) -> bool {
+        let (mut messages, mut signatures, mut keys) = (Vec::new(), Vec::new(), Vec::new());
+        for advertisement in advertisements {
+            let certificate = &advertisement.certificate;
+            let Some(registrar) = registrars.only() else { return false };
+            let Ok(key) = verifying_key(&certificate.public_key) else { return false };
+            if advertisement.check_keys().is_err() || certificate.expires_unix_ms <= now_unix_ms {
+                return false;
+            }
+            messages.extend([certificate.message(population), advertisement.message(session)]);
+            signatures.extend([&certificate.signature, &advertisement.signature].map(Signature::from_bytes));
+            keys.extend([*registrar, key]);
+        }
+        let messages: Vec<&[u8]> = messages.iter().map(Vec::as_slice).collect();
+        verify_batch(&messages, &signatures, &keys).is_ok()
+    }
+
+    fn check_keys(&self) -> Result<(), AdvertisementError> {
+        let low = is_low_order(&self.share_key) || is_low_order(&self.mask_key);
+        if low { Err(AdvertisementError::LowOrder) } else { Ok(()) }
+    }
+
+    fn message(&self, session: &SessionId) -> Vec<u8> {
+        advertised(session, &self.share_key, &self.mask_key, &self.nonce)
     }
 
     /// The roster's leaf: everything but the signatures, which cover it.
@@ -234,6 +286,15 @@ impl SurvivorSet {
 }
 
 impl Confirmation {
+    /// True if every one of them is its owner's signature under the same survivors.
+    pub(crate) fn verify_all(signed: &[(&Self, &[u8; 32])], binding: &Binding, survivors: &[u8; 32]) -> bool {
+        let message = binding.survivors_message(survivors);
+        let messages = vec![message.as_slice(); signed.len()];
+        let signatures: Vec<Signature> = signed.iter().map(|(c, _)| Signature::from_bytes(&c.signature)).collect();
+        let keys: Result<Vec<_>, _> = signed.iter().map(|(_, key)| verifying_key(key)).collect();
+        keys.is_ok_and(|keys| verify_batch(&messages, &signatures, &keys).is_ok())
+    }
+
     /// True if the owner of `public_key` signed these survivors in this session and roster.
     pub(crate) fn verify(&self, binding: &Binding, survivors: &[u8; 32], public_key: &[u8; 32]) -> bool {
         let message = binding.survivors_message(survivors);

@@ -143,8 +143,9 @@ pub fn join_checked(
         None => rescue(threshold, &shares, &attempt),
     };
     let (secret, good) = joined.ok_or(JoinError::Wrong { shares: shares.len(), threshold })?;
+    let polynomial = Interpolation::through(&good);
     let is_off = |(place, share): &&(u8, &[u8; 32])| {
-        !good.iter().any(|(known, _)| known == place) && *interpolate(&good, *place) != **share
+        !good.iter().any(|(known, _)| known == place) && *polynomial.at(*place) != **share
     };
     let bad = shares.iter().filter(is_off).map(|(place, _)| *place).collect();
     Ok(Joined { secret, bad })
@@ -218,19 +219,38 @@ fn distinct<'a>(threshold: usize, shares: &[Share<'a>]) -> Result<Vec<Share<'a>>
 
 /// Lagrange's value at `at` of the polynomial through all of `shares`.
 fn interpolate(shares: &[Share<'_>], at: u8) -> Zeroizing<[u8; 32]> {
-    let mut sum = Bytes::<4>::zero();
-    for (i, (place, share)) in shares.iter().enumerate() {
-        let (mut over, mut under) = (1, 1);
-        for (_, (other, _)) in shares.iter().enumerate().filter(|(j, _)| *j != i) {
-            over = multiply(over, at ^ other);
-            under = multiply(under, place ^ other);
-        }
-        sum = sum.add(&Bytes::read(*share).times(multiply(over, inverse(under))));
+    Interpolation::through(shares).at(at)
+}
+
+/// A polynomial by its values, in the barycentric form (Berrut and Trefethen 2004, equation 3.3): the weights
+/// are computed once, each further value takes as many steps as there are shares.
+struct Interpolation<'a> {
+    /// Each share with its weight: the inverse of the product of its place's differences to the others.
+    shares: Vec<(Share<'a>, u8)>,
+}
+
+impl<'a> Interpolation<'a> {
+    fn through(shares: &[Share<'a>]) -> Self {
+        let weigh = |share: &Share<'a>| {
+            let others = shares.iter().filter(|other| other.0 != share.0);
+            (*share, inverse(others.fold(1, |product, other| multiply(product, share.0 ^ other.0))))
+        };
+        Self { shares: shares.iter().map(weigh).collect() }
     }
-    let mut secret = Zeroizing::new([0; 32]);
-    sum.write(secret.as_mut());
-    sum.zeroize();
-    secret
+
+    /// The value at a place that is none of the shares'.
+    fn at(&self, place: u8) -> Zeroizing<[u8; 32]> {
+        let all = self.shares.iter().fold(1, |product, ((other, _), _)| multiply(product, place ^ other));
+        let mut sum = Bytes::<4>::zero();
+        for ((at, share), weight) in &self.shares {
+            let factor = multiply(multiply(all, *weight), inverse(place ^ at));
+            sum = sum.add(&Bytes::read(*share).times(factor));
+        }
+        let mut value = Zeroizing::new([0; 32]);
+        sum.write(value.as_mut());
+        sum.zeroize();
+        value
+    }
 }
 
 #[cfg(test)]

@@ -76,9 +76,20 @@ pub enum FloorError {
 }
 
 impl DeviceFloors {
-    /// The floors of secure aggregation, whose survivors are the summands.
-    pub(super) fn secure_floors(&self) -> Floors {
-        Floors { survivors_min: self.secure.survivors_min.max(self.summands_min), ..self.secure }
+    /// The floors of a session: the device's own and those of the signed plan, whichever are higher. A
+    /// coordinator cannot go below the plan that it shows to everybody.
+    pub(super) fn secure_floors(&self, plan: &TaskPlan) -> Floors {
+        let own = &self.secure;
+        let survivors_min = own.survivors_min.max(self.summands_min).max(plan.aggregation.summands_min);
+        let Some(secure) = &plan.aggregation.secure else { return Floors { survivors_min, ..*own } };
+        let assumed = &secure.assumptions;
+        Floors {
+            survivors_min,
+            corrupted_permille: own.corrupted_permille.max(assumed.corrupted_permille),
+            sigma: own.sigma.max(assumed.sigma),
+            sparse_dropout_permille: own.sparse_dropout_permille.min(assumed.dropout_permille),
+            ..*own
+        }
     }
 
     /// Holds a plan against the floors.

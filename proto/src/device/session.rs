@@ -10,7 +10,7 @@ use super::{
 use crate::{
     digest::Digest,
     error::within,
-    limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, RETRY_DELAY_MS_MAX, ROUNDS_MAX},
+    limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, RETRY_DELAY_MS_MAX},
     name::Name,
     plan::TaskPlan,
     secure::parse_nonce,
@@ -75,8 +75,9 @@ impl Session {
             return Err(format!("assignment refused: checkpoint of {bytes} bytes; at most {bytes_max}"));
         }
         let deadline = now.plus(assignment.deadline_ms.min(RETRY_DELAY_MS_MAX));
-        let round =
-            within("assignment.round", assignment.round, 0..=ROUNDS_MAX).map_err(|e| e.to_string())?;
+        // More rounds than the plan says would be more sums than the device has agreed to.
+        let round = within("assignment.round", assignment.round, 0..=plan.rounds.saturating_sub(1))
+            .map_err(|e| e.to_string())?;
         let nonce = match plan.aggregation.protocol {
             AggregationProtocol::SecaggPlus => {
                 if setup.identity.is_none() {
@@ -137,6 +138,10 @@ impl Session {
             | Stage::Uploading(_)
             | Stage::Submitting(_) => None,
         }
+    }
+
+    pub(super) fn plan(&self) -> &TaskPlan {
+        &self.order.plan
     }
 
     pub(super) fn plan_sha256(&self) -> [u8; 32] {

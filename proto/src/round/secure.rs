@@ -74,6 +74,8 @@ pub struct CohortSummary {
     pub outcome: Result<u32, String>,
 }
 
+/// A certificate must outlive its admission by this: peers check it later, by clocks of their own.
+const CERTIFICATE_MARGIN_MS: u64 = 3600 * 1000;
 /// Shortest and longest time between two polls while others train, milliseconds.
 const GATHERING_POLL_MS: (u64, u64) = (200, 15_000);
 /// The same while a step is under way: steps are quick, everybody in them is awake.
@@ -162,7 +164,7 @@ impl SecureAggregate {
         if self.setup.excluded.contains(&advertisement.id()) {
             return Err(SecureError::Excluded);
         }
-        let number = gathering.admit(advertisement, now.0)?;
+        let number = gathering.admit(advertisement, now.plus(CERTIFICATE_MARGIN_MS).0)?;
         self.tickets.insert(participant, Ticket { number, digest, gone: false });
         Ok(())
     }

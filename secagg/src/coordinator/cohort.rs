@@ -4,6 +4,7 @@
 use super::Opening;
 use crate::{
     graph::Graph,
+    identity::DeviceId,
     key_schedule::Binding,
     messages::{
         Advertisement, Confirmation, Reveal, RevealedShare, RosterEntry, RosterView, SealedShare,
@@ -105,6 +106,7 @@ pub struct Cohort {
     pub(super) degrees: Degrees,
     pub(super) members: Vec<Member>,
     tree: RosterTree,
+    ids: Vec<DeviceId>,
     step: CohortStep,
     survivors_min: u32,
     pub(super) sum: RingVector,
@@ -119,8 +121,10 @@ impl Cohort {
         survivors_min: u32,
     ) -> Self {
         let tree = RosterTree::new(roster.iter().map(Advertisement::leaf).collect());
-        let Terms { session, config_sha256, bits, dimension, .. } = terms;
-        let binding = Binding { session, config_sha256, roster_root: tree.root() };
+        let ids: Vec<DeviceId> = roster.iter().map(Advertisement::id).collect();
+        assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "a roster is in the order of its ids");
+        let Terms { bits, dimension, .. } = terms;
+        let binding = Binding::new(&terms, &tree.root(), &ids);
         let count = u32::try_from(roster.len()).expect("bounded by MEMBERS_MAX");
         let graph = Graph::new(count, degrees.degree, &binding.graph_seed());
         let member = |(index, advertisement)| Member {
@@ -138,6 +142,7 @@ impl Cohort {
             degrees,
             members: (0..).zip(roster).map(member).collect(),
             tree,
+            ids,
             step: CohortStep::Sharing,
             survivors_min,
             sum: RingVector::zeros(bits, dimension),
@@ -173,7 +178,8 @@ impl Cohort {
         };
         RosterView {
             members: self.count(),
-            root: self.binding.roster_root,
+            ids: self.ids.clone(),
+            root: self.tree.root(),
             degrees: self.degrees,
             index,
             path: self.tree.path(index),

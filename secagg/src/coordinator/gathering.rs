@@ -78,7 +78,9 @@ impl Gathering {
         if repeated || keys.iter().any(|key| self.keys.contains(key)) {
             return Err(AdmitError::Duplicate);
         }
-        advertisement.verify(&self.terms.session, &self.registrars, &self.population, now_unix_ms)?;
+        let (session, population) = (&self.terms.session, &self.population);
+        Advertisement::verify_all(&[&advertisement], session, &self.registrars, population, now_unix_ms)
+            .map_err(|(_, error)| error)?;
         self.keys.extend(keys);
         self.advertisements.push(advertisement);
         Ok(u32::try_from(self.advertisements.len() - 1).expect("bounded by MEMBERS_MAX"))

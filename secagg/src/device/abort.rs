@@ -45,6 +45,9 @@ pub enum Abort {
     /// The number of neighbours or the threshold is not secure under this device's own assumptions.
     #[error("secure aggregation: degree and threshold refused: {0}")]
     Degrees(#[from] ParameterError),
+    /// The ids of the roster are not ascending, or a member is not in the place of its id.
+    #[error("secure aggregation: the roster's members are not in the order of their ids, each once")]
+    RosterOrder,
     /// The device is not in the roster with its own keys.
     #[error("secure aggregation: the roster does not hold this device's own keys at place {0}")]
     OwnEntry(u32),

@@ -17,8 +17,10 @@ pub struct Floors {
     pub survivors_min: u32,
     /// Share of the members that the device believes may collude with the coordinator, in thousandths.
     pub corrupted_permille: u32,
-    /// Share of the members that may be missing from the sum, in thousandths.
+    /// Share of the members that may be missing from the sum where all are neighbours, in thousandths.
     pub dropout_permille: u32,
+    /// The same in a sparse graph, which silent devices may cut in two.
+    pub sparse_dropout_permille: u32,
     /// Statistical security: the graph fails to protect with probability below 2^-sigma. Part of it pays for
     /// a coordinator that draws the roster again and again: see `docs/protocol.md`.
     pub sigma: u32,
@@ -44,6 +46,7 @@ impl Default for Floors {
             survivors_min: 3,
             corrupted_permille: 100,
             dropout_permille: 400,
+            sparse_dropout_permille: 200,
             sigma: 40,
             full_graph_below: FULL_GRAPH_BELOW,
         }
@@ -51,17 +54,18 @@ impl Default for Floors {
 }
 
 impl Floors {
-    /// Most members that may be missing of `members`.
+    /// Most members that may be missing of `members` with `degree` neighbours each.
     #[must_use]
-    pub fn missing_max(&self, members: u32) -> u32 {
-        let missing = u64::from(members) * u64::from(self.dropout_permille) / 1000;
-        u32::try_from(missing).unwrap_or(u32::MAX)
+    pub fn missing_max(&self, members: u32, degree: u32) -> u32 {
+        let full = degree.checked_add(1) == Some(members);
+        let permille = if full { self.dropout_permille } else { self.sparse_dropout_permille };
+        u32::try_from(u64::from(members) * u64::from(permille) / 1000).unwrap_or(u32::MAX)
     }
 
-    /// Fewest survivors of `members`.
+    /// Fewest survivors of `members` with `degree` neighbours each.
     #[must_use]
-    pub fn survivors_of(&self, members: u32) -> u32 {
-        self.survivors_min.max(members.saturating_sub(self.missing_max(members)))
+    pub fn survivors_of(&self, members: u32, degree: u32) -> u32 {
+        self.survivors_min.max(members.saturating_sub(self.missing_max(members, degree)))
     }
 
     /// Stops cohorts of one or two, and thresholds so low that colluding peers, or two halves of the
@@ -80,12 +84,12 @@ impl Floors {
         if members < self.full_graph_below && degree != members - 1 {
             return Err(Abort::SparseGraph { degree, members, below: self.full_graph_below });
         }
-        let missing = self.missing_max(members);
+        let missing = self.missing_max(members, degree);
         Ok(parameters::check(members, view.degrees, self.corrupted_permille, missing, self.sigma)?)
     }
 
-    pub(super) fn check_survivors(&self, survivors: &SurvivorSet) -> Result<(), Abort> {
-        let (count, floor) = (survivors.count(), self.survivors_of(survivors.members()));
+    pub(super) fn check_survivors(&self, survivors: &SurvivorSet, degree: u32) -> Result<(), Abort> {
+        let (count, floor) = (survivors.count(), self.survivors_of(survivors.members(), degree));
         if count < floor { Err(Abort::TooFewSurvivors { survivors: count, floor }) } else { Ok(()) }
     }
 }
@@ -98,20 +102,29 @@ mod tests {
     /// What a coordinator computes under its defaults, a device accepts under its own.
     #[test]
     fn the_defaults_of_both_sides_fit_each_other() {
-        let floors = Floors::default();
-        let assumptions = Assumptions::new(100, 200, 80, 20).unwrap();
-        for n in (4..400).chain((400..1400).step_by(97)) {
-            let Ok(degrees) = solve(n, &assumptions) else { panic!("{n} devices") };
-            let checked =
-                parameters::check(n, degrees, floors.corrupted_permille, floors.missing_max(n), floors.sigma);
-            assert_eq!(checked, Ok(()), "{n} devices, {degrees:?}");
+        for (sigma, dropout_permille) in [(40, 50), (40, 100), (40, 200), (80, 50), (80, 200)] {
+            let assumptions = Assumptions::new(100, dropout_permille, sigma, 20).unwrap();
+            // What the signed plan says binds the device, where it is stricter.
+            let own = Floors::default();
+            let floors = Floors {
+                sigma: own.sigma.max(sigma),
+                sparse_dropout_permille: own.sparse_dropout_permille.min(dropout_permille),
+                ..own
+            };
+            for n in (4..400).chain((400..1400).step_by(97)) {
+                let Ok(degrees) = solve(n, &assumptions) else { panic!("{n} devices") };
+                let missing = floors.missing_max(n, degrees.degree);
+                let checked = parameters::check(n, degrees, floors.corrupted_permille, missing, floors.sigma);
+                assert_eq!(checked, Ok(()), "{n} devices, {degrees:?}");
+            }
         }
     }
 
     #[test]
     fn survivors_are_counted_against_both_floors() {
         let floors = Floors::default();
-        assert_eq!([4, 5, 10, 100].map(|n| floors.survivors_of(n)), [3, 3, 6, 60]);
-        assert_eq!(Floors { survivors_min: 50, ..floors }.survivors_of(60), 50);
+        assert_eq!([4, 5, 10, 63].map(|n| floors.survivors_of(n, n - 1)), [3, 3, 6, 38]);
+        assert_eq!(floors.survivors_of(100, 52), 80);
+        assert_eq!(Floors { survivors_min: 50, ..floors }.survivors_of(60, 59), 50);
     }
 }

@@ -52,20 +52,21 @@ impl Roster {
         policy: &DevicePolicy,
         now_unix_ms: u64,
     ) -> Result<Self, Abort> {
-        let binding =
-            Binding { session: terms.session, config_sha256: terms.config_sha256, roster_root: view.root };
+        check_order(view, own)?;
+        let binding = Binding::new(terms, &view.root, &view.ids);
         // A roster without this device, or with other keys in its name: a split or substituted roster.
         if !verify_path(&view.root, view.members, view.index, &own.leaf(), &view.path) {
             return Err(Abort::OwnEntry(view.index));
         }
         check_neighbourhood(view, &binding)?;
         check_distinct(view, own)?;
+        let advertisements: Vec<&Advertisement> = view.neighbours.iter().map(|n| &n.advertisement).collect();
+        let (session, population) = (&terms.session, &policy.population);
+        Advertisement::verify_all(&advertisements, session, &policy.registrars, population, now_unix_ms)
+            .map_err(|(at, source)| Abort::Neighbour { index: view.neighbours[at].index, source })?;
         let own_id = own.id();
         let accept = |entry: &RosterEntry| {
             let advertisement = &entry.advertisement;
-            let verified =
-                advertisement.verify(&terms.session, &policy.registrars, &policy.population, now_unix_ms);
-            verified.map_err(|source| Abort::Neighbour { index: entry.index, source })?;
             if !verify_path(&view.root, view.members, entry.index, &advertisement.leaf(), &entry.path) {
                 return Err(Abort::NotInRoster(entry.index));
             }
@@ -90,6 +91,21 @@ impl Roster {
 
     pub(super) fn own_mask_end<'a>(&'a self, own: &'a Advertisement) -> End<'a> {
         End { index: self.index, id: &self.own_id, key: &own.mask_key }
+    }
+}
+
+/// One identity in two places would count twice among the corrupted, and a coordinator that chose the order
+/// could draw graphs at will. Each device checks its own and its neighbours' places, so an id that is not its
+/// holder's is refused by those around it.
+fn check_order(view: &RosterView, own: &Advertisement) -> Result<(), Abort> {
+    let ascending = view.ids.windows(2).all(|pair| pair[0] < pair[1]);
+    let in_place = |index: u32, id: DeviceId| view.ids.get(index as usize) == Some(&id);
+    let mut neighbours = view.neighbours.iter();
+    let placed = in_place(view.index, own.id()) && neighbours.all(|n| in_place(n.index, n.advertisement.id()));
+    if view.ids.len() == view.members as usize && ascending && placed {
+        Ok(())
+    } else {
+        Err(Abort::RosterOrder)
     }
 }
 

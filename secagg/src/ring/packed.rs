@@ -75,18 +75,33 @@ fn value<const B: usize>(window: &[u8; 40], k: usize) -> u32 {
 }
 
 fn write_width<const B: usize>(lanes: &[u32]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity((lanes.len() * B).div_ceil(8) + 8);
-    let (mut buffer, mut held) = (0u64, 0);
-    for lane in lanes {
-        buffer |= u64::from(*lane) << held;
-        held += B;
-        if held >= 32 {
-            bytes.extend_from_slice(&low_bits::<32>(buffer).to_le_bytes());
-            buffer >>= 32;
-            held -= 32;
+    let (groups, rest) = lanes.as_chunks::<GROUP>();
+    let mut bytes = vec![0; (lanes.len() * B).div_ceil(8)];
+    let (whole, tail) = bytes.split_at_mut(groups.len() * B);
+    for (group, bytes) in groups.iter().zip(whole.chunks_exact_mut(B)) {
+        bytes.copy_from_slice(&packed_group::<B>(group)[..B]);
+    }
+    let mut last = [0; GROUP];
+    last[..rest.len()].copy_from_slice(rest);
+    tail.copy_from_slice(&packed_group::<B>(&last)[..tail.len()]);
+    bytes
+}
+
+/// The B bytes of a group, and zeros.
+#[inline(always)]
+fn packed_group<const B: usize>(group: &[u32; GROUP]) -> [u8; 32] {
+    let mut words = [0u64; 4];
+    for (k, lane) in group.iter().enumerate() {
+        let (word, shift) = (k * B / 64, k * B % 64);
+        words[word] |= u64::from(*lane) << shift;
+        if shift + B > 64 {
+            words[word + 1] |= u64::from(*lane) >> (64 - shift);
         }
     }
-    bytes.extend_from_slice(&buffer.to_le_bytes()[..held.div_ceil(8)]);
+    let mut bytes = [0; 32];
+    for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+        *bytes = word.to_le_bytes();
+    }
     bytes
 }
 

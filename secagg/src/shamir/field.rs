@@ -1,4 +1,4 @@
-//! GF(2^8): single public elements by shift and xor, and vectors of secret bytes in 64-bit words.
+//! GF(2^8): single public elements by tables, and vectors of secret bytes by shifts and masks in 64-bit words.
 
 use zeroize::Zeroize;
 
@@ -8,6 +8,8 @@ pub(super) struct Bytes<const N: usize>([u64; N]);
 
 const LOW_BITS: u64 = 0x0101_0101_0101_0101;
 const HIGH_BITS: u64 = LOW_BITS << 7;
+/// x^8 = x^4 + x^3 + x + 1, in every byte.
+const REDUCTION: u64 = LOW_BITS * 0x1b;
 
 impl<const N: usize> Bytes<N> {
     pub(super) fn zero() -> Self {
@@ -44,12 +46,12 @@ impl<const N: usize> Bytes<N> {
     pub(super) fn times(mut self, public: u8) -> Self {
         let (mut product, mut rest) = (Self::zero(), public);
         while rest != 0 {
-            if rest & 1 == 1 {
-                product = product.add(&self);
-            }
-            for word in &mut self.0 {
-                let carried = (*word & HIGH_BITS) >> 7;
-                *word = ((*word & !HIGH_BITS) << 1) ^ (carried * 0x1b);
+            let chosen = u64::from(rest & 1).wrapping_neg();
+            for (product, word) in product.0.iter_mut().zip(&mut self.0) {
+                *product ^= *word & chosen;
+                // Subtraction fills the bytes whose high bit is set; neither a branch nor a product.
+                let high = *word & HIGH_BITS;
+                *word = ((*word ^ high) << 1) ^ ((high - (high >> 7)) & REDUCTION);
             }
             rest >>= 1;
         }

@@ -99,6 +99,7 @@ impl World {
             Some(_) => Floors {
                 corrupted_permille: 0,
                 dropout_permille: 900,
+                sparse_dropout_permille: 900,
                 sigma: 1,
                 full_graph_below: 0,
                 ..Floors::default()

@@ -406,7 +406,13 @@ fn floors(devices: u32, dropped: u32, by_hand: bool) -> Floors {
     }
     let dropout_permille = (u64::from(dropped) * 1000).div_ceil(u64::from(devices));
     let dropout_permille = u32::try_from(dropout_permille).unwrap_or(1000);
-    Floors { corrupted_permille: 0, dropout_permille, full_graph_below: 0, ..least }
+    Floors {
+        corrupted_permille: 0,
+        dropout_permille,
+        sparse_dropout_permille: dropout_permille,
+        full_graph_below: 0,
+        ..least
+    }
 }
 
 fn vector(terms: &Terms, seed: u64, number: u64) -> RingVector {
