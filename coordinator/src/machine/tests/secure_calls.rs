@@ -183,101 +183,108 @@ fn an_unknown_token_opens_nothing() {
     }
 }
 
+type Spoil = fn(&mut Request);
+
+/// Each of the spoilt messages is refused; then the right one still counts.
+fn check_malformed(step: Step, spoils: &[Spoil]) {
+    let mut world = held_at(5, step);
+    for (number, spoil) in spoils.iter().enumerate() {
+        let mut request = held(&world);
+        spoil(&mut request);
+        assert_eq!(refused(&mut world, request), FailureKind::InvalidArgument, "{step:?} {number}");
+    }
+    finish(world);
+}
+
 #[test]
-fn malformed_messages_are_refused_and_the_right_one_still_counts() {
-    type Spoil = fn(&mut Request);
+fn malformed_keys_are_refused() {
     fn keys(request: &mut Request) -> &mut wire::KeyAdvertisement {
         let Request::AdvertiseKeys(request) = request else { panic!("keys") };
         request.keys.as_mut().unwrap()
     }
+    let spoils: [Spoil; 9] = [
+        |r| keys(r).certificate.truncate(103),
+        |r| keys(r).certificate[70] ^= 1,
+        |r| keys(r).share_key.push(0),
+        |r| keys(r).share_key = vec![0; 32],
+        |r| keys(r).mask_key[0] ^= 1,
+        |r| keys(r).nonce.clear(),
+        |r| keys(r).signature[0] ^= 1,
+        |r| keys(r).signature.truncate(63),
+        |r| {
+            let Request::AdvertiseKeys(request) = r else { panic!("keys") };
+            request.keys = None;
+        },
+    ];
+    check_malformed(Step::Keys, &spoils);
+}
+
+#[test]
+fn malformed_shares_are_refused() {
     fn shares(request: &mut Request) -> &mut wire::ShareKeysRequest {
         let Request::ShareKeys(request) = request else { panic!("shares") };
         request
     }
+    let spoils: [Spoil; 6] = [
+        |r| shares(r).commitment.truncate(31),
+        |r| shares(r).shares[0].ciphertext.truncate(79),
+        |r| shares(r).shares.truncate(3),
+        |r| shares(r).shares.swap(0, 1),
+        |r| shares(r).shares[3].peer = 77,
+        |r| shares(r).shares = vec![wire::SealedShare { peer: 1, ciphertext: vec![0; 80] }; 256],
+    ];
+    check_malformed(Step::Shares, &spoils);
+}
+
+#[test]
+fn malformed_masked_updates_are_refused() {
     fn masked(request: &mut Request) -> &mut Option<wire::Resource> {
         let Request::SubmitMaskedUpdate(request) = request else { panic!("a masked update") };
         &mut request.masked_update
     }
+    let spoils: [Spoil; 5] = [
+        |r| *masked(r) = Some(inline(vec![0; 448 * 4 - 1])),
+        |r| *masked(r) = Some(inline(vec![0; 448 * 4 + 4])),
+        |r| *masked(r) = Some(inline(Vec::new())),
+        |r| *masked(r) = Some(inline(vec![0; 65 << 10])),
+        |r| *masked(r) = None,
+    ];
+    check_malformed(Step::Masked, &spoils);
+}
+
+#[test]
+fn malformed_confirmations_are_refused() {
     fn confirmation(request: &mut Request) -> &mut wire::ConfirmSurvivorsRequest {
         let Request::ConfirmSurvivors(request) = request else { panic!("a confirmation") };
         request
     }
+    let spoils: [Spoil; 4] = [
+        |r| confirmation(r).signature.truncate(63),
+        |r| confirmation(r).signature[0] ^= 1,
+        |r| confirmation(r).index = (confirmation(r).index + 1) % 5,
+        |r| confirmation(r).index = u32::MAX,
+    ];
+    check_malformed(Step::Confirm, &spoils);
+}
+
+#[test]
+fn malformed_reveals_are_refused() {
     fn revealed(request: &mut Request) -> &mut Vec<wire::RevealedShare> {
         let Request::RevealShares(request) = request else { panic!("revealed shares") };
         &mut request.shares
     }
-    let cases: [(Step, Vec<Spoil>); 5] = [
-        (
-            Step::Keys,
-            vec![
-                |r| keys(r).certificate.truncate(103),
-                |r| keys(r).certificate[70] ^= 1,
-                |r| keys(r).share_key.push(0),
-                |r| keys(r).share_key = vec![0; 32],
-                |r| keys(r).mask_key[0] ^= 1,
-                |r| keys(r).nonce.clear(),
-                |r| keys(r).signature[0] ^= 1,
-                |r| keys(r).signature.truncate(63),
-                |r| {
-                    let Request::AdvertiseKeys(request) = r else { panic!("keys") };
-                    request.keys = None;
-                },
-            ],
-        ),
-        (
-            Step::Shares,
-            vec![
-                |r| shares(r).commitment.truncate(31),
-                |r| shares(r).shares[0].ciphertext.truncate(79),
-                |r| shares(r).shares.truncate(3),
-                |r| shares(r).shares.swap(0, 1),
-                |r| shares(r).shares[3].peer = 77,
-                |r| shares(r).shares = vec![wire::SealedShare { peer: 1, ciphertext: vec![0; 80] }; 256],
-            ],
-        ),
-        (
-            Step::Masked,
-            vec![
-                |r| *masked(r) = Some(inline(vec![0; 448 * 4 - 1])),
-                |r| *masked(r) = Some(inline(vec![0; 448 * 4 + 4])),
-                |r| *masked(r) = Some(inline(Vec::new())),
-                |r| *masked(r) = Some(inline(vec![0; 65 << 10])),
-                |r| *masked(r) = None,
-            ],
-        ),
-        (
-            Step::Confirm,
-            vec![
-                |r| confirmation(r).signature.truncate(63),
-                |r| confirmation(r).signature[0] ^= 1,
-                |r| confirmation(r).index = (confirmation(r).index + 1) % 5,
-                |r| confirmation(r).index = u32::MAX,
-            ],
-        ),
-        (
-            Step::Reveal,
-            vec![
-                |r| secret(&mut revealed(r)[0]).truncate(31),
-                |r| revealed(r)[0].secret = None,
-                |r| revealed(r)[0].peer = 9,
-                |r| revealed(r).swap(0, 1),
-                |r| {
-                    let first = revealed(r)[0].clone();
-                    revealed(r).insert(0, first);
-                },
-                |r| revealed(r)[0].secret = Some(Secret::MaskKey(vec![0; 32])),
-            ],
-        ),
+    let spoils: [Spoil; 6] = [
+        |r| secret(&mut revealed(r)[0]).truncate(31),
+        |r| revealed(r)[0].secret = None,
+        |r| revealed(r)[0].peer = 9,
+        |r| revealed(r).swap(0, 1),
+        |r| {
+            let first = revealed(r)[0].clone();
+            revealed(r).insert(0, first);
+        },
+        |r| revealed(r)[0].secret = Some(Secret::MaskKey(vec![0; 32])),
     ];
-    for (step, spoils) in cases {
-        let mut world = held_at(5, step);
-        for (number, spoil) in spoils.into_iter().enumerate() {
-            let mut request = held(&world);
-            spoil(&mut request);
-            assert_eq!(refused(&mut world, request), FailureKind::InvalidArgument, "{step:?} {number}");
-        }
-        finish(world);
-    }
+    check_malformed(Step::Reveal, &spoils);
 }
 
 #[test]
