@@ -8,6 +8,9 @@
 //!   0 followed by seed bytes 16..24 (the key and a nonce: a collision of keys alone gives nothing away).
 //! - ChaCha20 (RFC 8439): key = the seed, nonce zero, counter from 0.
 
+#[cfg(target_arch = "x86_64")]
+mod vaes;
+
 use crate::ring::RingVector;
 use aes::Aes128;
 use chacha20::ChaCha20;
@@ -104,9 +107,7 @@ pub fn add_masks_parallel(
     let tiles = lanes.len().div_ceil(TILE);
     let stretch = tiles.div_ceil(threads.max(1)).max(1) * TILE;
     let add = |(first, lanes): (usize, &mut [u32])| match (suite, bits.bits() <= 16) {
-        (MaskSuite::Aes128Ctr, narrow) => {
-            add_stretch::<Ctr64LE<Aes128>>(lanes, first, masks, narrow, bits.mask())
-        }
+        (MaskSuite::Aes128Ctr, narrow) => add_aes(lanes, first, masks, narrow, bits.mask()),
         (MaskSuite::ChaCha20, narrow) => add_stretch::<ChaCha20>(lanes, first, masks, narrow, bits.mask()),
     };
     let mut stretches = lanes.chunks_mut(stretch).enumerate().map(|(i, lanes)| (i * stretch, lanes));
@@ -121,6 +122,25 @@ pub fn add_masks_parallel(
         }
         first.into_iter().for_each(add);
     });
+}
+
+/// AES by the fastest means at hand: whole groups by vector instructions, the rest portably.
+fn add_aes(lanes: &mut [u32], first: usize, masks: &[(MaskSeed, Sign)], narrow: bool, reduce: u32) {
+    #[cfg(target_arch = "x86_64")]
+    if vaes::is_available() {
+        let whole = lanes.len() / vaes::GROUP * vaes::GROUP;
+        let (groups, rest) = lanes.split_at_mut(whole);
+        let masks_of: Vec<_> = masks.iter().map(|(seed, sign)| vaes::Expanded::new(seed, *sign)).collect();
+        for (tile, lanes) in groups.chunks_mut(TILE).enumerate() {
+            masks_of.iter().for_each(|mask| mask.add(lanes, first + tile * TILE, narrow));
+            lanes.iter_mut().for_each(|lane| *lane &= reduce);
+        }
+        if !rest.is_empty() {
+            add_stretch::<Ctr64LE<Aes128>>(rest, first + whole, masks, narrow, reduce);
+        }
+        return;
+    }
+    add_stretch::<Ctr64LE<Aes128>>(lanes, first, masks, narrow, reduce);
 }
 
 /// A mask's cipher, positioned at a value.

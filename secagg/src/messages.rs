@@ -184,8 +184,10 @@ impl Advertisement {
         if Self::verify_batch(advertisements, session, registrars, population, now_unix_ms) {
             return Ok(());
         }
-        let verify = |advertisement: &Self| advertisement.verify(session, registrars, population, now_unix_ms);
-        let mut refused = (0..).zip(advertisements).filter_map(|(i, a)| verify(a).err().map(|error| (i, error)));
+        let verify =
+            |advertisement: &Self| advertisement.verify(session, registrars, population, now_unix_ms);
+        let mut refused =
+            (0..).zip(advertisements).filter_map(|(i, a)| verify(a).err().map(|error| (i, error)));
         refused.next().map_or(Ok(()), Err)
     }
 
@@ -290,7 +292,8 @@ impl Confirmation {
     pub(crate) fn verify_all(signed: &[(&Self, &[u8; 32])], binding: &Binding, survivors: &[u8; 32]) -> bool {
         let message = binding.survivors_message(survivors);
         let messages = vec![message.as_slice(); signed.len()];
-        let signatures: Vec<Signature> = signed.iter().map(|(c, _)| Signature::from_bytes(&c.signature)).collect();
+        let signatures: Vec<Signature> =
+            signed.iter().map(|(c, _)| Signature::from_bytes(&c.signature)).collect();
         let keys: Result<Vec<_>, _> = signed.iter().map(|(_, key)| verifying_key(key)).collect();
         keys.is_ok_and(|keys| verify_batch(&messages, &signatures, &keys).is_ok())
     }

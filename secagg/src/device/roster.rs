@@ -101,7 +101,8 @@ fn check_order(view: &RosterView, own: &Advertisement) -> Result<(), Abort> {
     let ascending = view.ids.windows(2).all(|pair| pair[0] < pair[1]);
     let in_place = |index: u32, id: DeviceId| view.ids.get(index as usize) == Some(&id);
     let mut neighbours = view.neighbours.iter();
-    let placed = in_place(view.index, own.id()) && neighbours.all(|n| in_place(n.index, n.advertisement.id()));
+    let placed =
+        in_place(view.index, own.id()) && neighbours.all(|n| in_place(n.index, n.advertisement.id()));
     if view.ids.len() == view.members as usize && ascending && placed {
         Ok(())
     } else {

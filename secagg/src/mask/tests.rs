@@ -66,6 +66,23 @@ const FROZEN: [[u32; 4]; 4] = [
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
+    fn every_path_gives_the_portable_result(
+        bits in 8u32..=32,
+        dimension in 1usize..12_000,
+        key: [u8; 32],
+        minus: bool,
+        start in 0usize..40,
+    ) {
+        let (narrow, reduce, first) = (bits <= 16, RingBits::new(bits).unwrap().mask(), start * TILE);
+        let masks = [(MaskSeed::new(key), if minus { Sign::Minus } else { Sign::Plus }), (seed(9), Sign::Plus)];
+        let mut lanes: Vec<u32> = (0..dimension).map(|i| u32::try_from(i).unwrap() & reduce).collect();
+        let mut portable = lanes.clone();
+        add_aes(&mut lanes, first, &masks, narrow, reduce);
+        add_stretch::<Ctr64LE<Aes128>>(&mut portable, first, &masks, narrow, reduce);
+        prop_assert_eq!(lanes, portable);
+    }
+
+    #[test]
     fn what_is_added_can_be_taken_away_on_any_number_of_threads(
         bits in 8u32..=32,
         dimension in 1usize..20_000,
