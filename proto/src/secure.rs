@@ -8,8 +8,8 @@ use crate::{
     wire,
 };
 use fleetune_secagg::{
-    Advertisement, Certificate, Confirmation, Degrees, DeviceId, MEMBERS_MAX, Reveal, RevealedShare, RosterEntry,
-    RosterView, SealedShare, ShareBundle, SurvivorSet,
+    Advertisement, Certificate, Confirmation, Degrees, DeviceId, MEMBERS_MAX, Reveal, RevealedShare,
+    RosterEntry, RosterView, SealedShare, ShareBundle, SurvivorSet,
 };
 use zeroize::Zeroizing;
 

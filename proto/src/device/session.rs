@@ -2,8 +2,9 @@
 //! of secure aggregation (`secure.rs`).
 
 use super::{
-    Action, DeviceSetup, Request, Response, TrainOrder, inline,
+    Action, DeviceSetup, Request, Response, TrainOrder,
     kept::KeptSession,
+    offer::inline,
     secure::{SecureStage, Surroundings},
     upload::Upload,
 };

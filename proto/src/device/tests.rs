@@ -1,7 +1,12 @@
 //! The device machine against a coordinator that errs or lies.
 
 use super::*;
-use crate::{TaskOffer, TaskPlan, plan::tests::plan, sign::seal, transfer::chunk_at};
+use crate::{
+    TaskOffer,
+    plan::tests::plan,
+    sign::{Purpose, seal},
+    transfer::chunk_at,
+};
 use ed25519_dalek::SigningKey;
 use wire::check_in_response::Outcome;
 
@@ -27,6 +32,8 @@ fn setup() -> DeviceSetup {
         },
         release_version: 0,
         release_version_max: 0,
+        identity: None,
+        registrars: Registrars::Keys(Vec::new()),
     }
 }
 
@@ -60,6 +67,7 @@ fn assignment(plan: &TaskPlan, key: &SigningKey) -> wire::TaskAssignment {
         attempt: 0,
         checkpoint: Some(Digest::of(b"checkpoint").to_wire()),
         deadline_ms: 60_000,
+        aggregation_nonce: vec![5; 32],
     }
 }
 

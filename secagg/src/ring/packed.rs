@@ -110,3 +110,76 @@ fn packed_group<const B: usize>(group: &[u32; GROUP]) -> [u8; 32] {
 fn low_bits<const B: usize>(word: u64) -> u32 {
     (word & (u64::MAX >> (64 - B))) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::ring::{RingBits, RingError, RingVector};
+    use proptest::prelude::*;
+
+    fn vector(bits: u32, lanes: &[u32]) -> RingVector {
+        RingVector::from_lanes(RingBits::new(bits).unwrap(), lanes.to_vec())
+    }
+
+    /// The wire form bit by bit, as the module's first words have it.
+    fn bit_by_bit(vector: &RingVector) -> Vec<u8> {
+        let bits = vector.bits().bits() as usize;
+        let mut bytes = vec![0; vector.bits().packed_len(vector.dimension())];
+        for place in 0..bits * vector.dimension() {
+            let bit = vector.lanes()[place / bits] >> (place % bits) & 1;
+            bytes[place / 8] |= u8::try_from(bit).unwrap() << (place % 8);
+        }
+        bytes
+    }
+
+    #[test]
+    fn every_width_and_every_odd_end() {
+        for bits in 8..=32 {
+            for dimension in 0..=67u32 {
+                let lanes: Vec<u32> = (1..=dimension).map(|i| i.wrapping_mul(0x9e37_79b9)).collect();
+                let vector = vector(bits, &lanes);
+                let packed = vector.pack();
+                assert_eq!(packed, bit_by_bit(&vector), "{dimension} values of {bits} bits");
+                assert_eq!(RingVector::unpack(vector.bits(), lanes.len(), &packed), Ok(vector));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn adding_the_wire_form_is_adding_the_vector(
+            bits in 8u32..=32,
+            pairs in prop::collection::vec(any::<(u32, u32)>(), 0..300),
+        ) {
+            let (sum, added): (Vec<u32>, Vec<u32>) = pairs.into_iter().unzip();
+            let (mut sum, added) = (vector(bits, &sum), vector(bits, &added));
+            let mut expected = sum.clone();
+            expected.add_assign(&added).unwrap();
+            sum.add_packed(&added.pack()).unwrap();
+            prop_assert_eq!(sum, expected);
+        }
+
+        #[test]
+        fn a_refused_wire_form_changes_nothing(
+            bits in 8u32..=32,
+            lanes in prop::collection::vec(any::<u32>(), 1..100),
+            flipped in 0u8..8,
+        ) {
+            let vector = vector(bits, &lanes);
+            let mut sum = vector.clone();
+            let packed = vector.pack();
+            let longer = [&packed[..], &[0]].concat();
+            for wrong in [&packed[1..], &longer, &[]] {
+                let is_refused = matches!(sum.add_packed(wrong), Err(RingError::PackedLength { .. }));
+                prop_assert!(is_refused, "{} bytes", wrong.len());
+            }
+            let used = lanes.len() * bits as usize % 8;
+            if used != 0 && usize::from(flipped) >= used {
+                let mut padded = packed;
+                *padded.last_mut().unwrap() |= 1 << flipped;
+                prop_assert_eq!(sum.add_packed(&padded), Err(RingError::Padding));
+                prop_assert_eq!(RingVector::unpack(vector.bits(), lanes.len(), &padded), Err(RingError::Padding));
+            }
+            prop_assert_eq!(sum, vector);
+        }
+    }
+}

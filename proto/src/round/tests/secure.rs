@@ -56,7 +56,8 @@ fn registrar() -> SigningKey {
 
 fn identity(number: u8) -> Identity {
     let key = SigningKey::from_bytes(&[100 + number; 32]);
-    let certificate = Certificate::issue(&registrar(), "roles", key.verifying_key().to_bytes(), 1_000_000);
+    let certificate =
+        Certificate::issue(&registrar(), "roles", key.verifying_key().to_bytes(), 1_000_000_000);
     Identity::new(key, certificate).unwrap()
 }
 
