@@ -5,5 +5,6 @@ mod disclosure;
 mod documents;
 mod processes;
 mod ratchet;
+mod secure;
 mod simulation;
 mod support;

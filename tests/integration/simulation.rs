@@ -100,7 +100,7 @@ fn holds_what_readers_expect(json: &Value) {
         assert!(number(pointer).is_finite(), "{pointer}");
     }
     assert_eq!(json.pointer("/privacy"), Some(&Value::Null), "no privacy is claimed");
-    assert_eq!(json.pointer("/aggregation").and_then(Value::as_str), Some("insecure_plaintext"));
+    assert_eq!(json.pointer("/aggregation").and_then(Value::as_str), Some("secagg+"));
     assert_eq!(json.pointer("/final/adapter_sha256").and_then(Value::as_str).map(str::len), Some(64));
     assert!(number("/final/eval_nll") < number("/base/eval_nll"), "three rounds help");
 }

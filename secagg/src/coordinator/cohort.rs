@@ -114,7 +114,7 @@ pub struct Cohort {
 }
 
 impl Cohort {
-    pub(super) fn new(
+    pub(crate) fn new(
         terms: Terms,
         roster: Vec<Advertisement>,
         degrees: Degrees,

@@ -25,6 +25,8 @@ pub(super) struct Script {
     pub(super) zeros: bool,
     /// Every device is saved and restored between any two steps.
     pub(super) through_records: bool,
+    /// Attempt at the round; part of the session's id.
+    pub(super) attempt: u32,
     pub(super) seed: u64,
 }
 
@@ -40,6 +42,7 @@ impl Default for Script {
             threads: 1,
             zeros: false,
             through_records: false,
+            attempt: 0,
             seed: 1,
         }
     }
@@ -91,7 +94,7 @@ pub(super) fn identity(number: u32) -> Identity {
 impl World {
     /// All devices have advertised.
     pub(super) fn new(script: Script) -> Self {
-        let terms = terms(&script, 0);
+        let terms = terms(&script, script.attempt);
         let mut rng = ChaCha20Rng::seed_from_u64(script.seed);
         let registrars = Registrars::Keys(vec![registrar().verifying_key()]);
         let floors = match script.degrees {
