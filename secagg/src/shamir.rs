@@ -154,12 +154,10 @@ pub fn join_checked(
 type Share<'a> = (u8, &'a [u8; 32]);
 /// A secret, and the shares that it was rebuilt from.
 type Rescued<'a> = Option<(Zeroizing<[u8; 32]>, Vec<Share<'a>>)>;
+/// Rebuilds the secret from some shares, if it is the right one.
+type Attempt<'f, 'a> = dyn Fn(&[Share<'a>]) -> Option<Zeroizing<[u8; 32]>> + 'f;
 
-fn rescue<'a>(
-    threshold: usize,
-    shares: &[Share<'a>],
-    attempt: &dyn Fn(&[Share<'a>]) -> Option<Zeroizing<[u8; 32]>>,
-) -> Rescued<'a> {
+fn rescue<'a>(threshold: usize, shares: &[Share<'a>], attempt: &Attempt<'_, 'a>) -> Rescued<'a> {
     let mut left = shares.to_vec();
     for byte in 0..32 {
         let column: Vec<(u8, u8)> = left.iter().map(|(place, share)| (*place, share[byte])).collect();
