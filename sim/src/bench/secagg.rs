@@ -261,6 +261,7 @@ impl Session {
                 let session_token = TOKEN.to_vec();
                 anyhow::Ok(wire::ShareKeysRequest { session_token, commitment, shares }.encode_to_vec())
             })?;
+            server.charge(|| drop(roster));
             member.sent += request.len();
             if member.is_there(1) {
                 server.charge(|| {
@@ -292,6 +293,7 @@ impl Session {
                 let device = member.device.as_mut().context("advertised")?;
                 anyhow::Ok(device.handle_shares(&shares, vector)?.pack())
             })?;
+            server.charge(|| drop(forwarded));
             member.sent += packed.len() + submit_len(&packed);
             if member.is_there(2) {
                 server.charge(|| cohort.handle_masked(member.place, [0; 32], &packed))?;
@@ -316,6 +318,7 @@ impl Session {
                 let session_token = TOKEN.to_vec();
                 anyhow::Ok(wire::ConfirmSurvivorsRequest { session_token, index, signature }.encode_to_vec())
             })?;
+            server.charge(|| drop(survivors));
             member.sent += request.len();
             if member.is_there(3) {
                 server.charge(|| {
@@ -345,6 +348,7 @@ impl Session {
                     wire::RevealSharesRequest { session_token: TOKEN.to_vec(), shares }.encode_to_vec(),
                 )
             })?;
+            server.charge(|| drop(confirmations));
             member.sent += request.len();
             if member.is_there(4) {
                 server.charge(|| {

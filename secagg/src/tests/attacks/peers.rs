@@ -29,13 +29,9 @@ fn keys_that_are_not_let_in() {
     assert_eq!(refused(Advertisement { nonce: [0; 32], ..own(0) }), signature);
     assert_eq!(refused(Advertisement { signature: own(1).signature, ..own(0) }), signature);
     // Poisoned points: agreed secrets would be known to everybody.
-    for low in [[0; 32], [0xff; 32].map(|b| b & 0xff)] {
-        let mut key = low;
-        if key[0] == 0xff {
-            key = [0xff; 32];
-            key[0] = 0xec;
-            key[31] = 0x7f;
-        }
+    let mut minus_one = [0xff; 32];
+    (minus_one[0], minus_one[31]) = (0xec, 0x7f);
+    for key in [[0; 32], minus_one] {
         let low_order = AdmitError::Advertisement(AdvertisementError::LowOrder);
         assert_eq!(refused(Advertisement { share_key: key, ..own(0) }), low_order);
         assert_eq!(refused(Advertisement { mask_key: key, ..own(0) }), low_order);
