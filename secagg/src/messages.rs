@@ -170,7 +170,8 @@ impl Advertisement {
     }
 
     /// Checks several at once, in half the time: all their signatures in one equation (Bernstein et al. 2012,
-    /// "High-speed high-security signatures", section 5), and one by one only if that does not hold.
+    /// "High-speed high-security signatures", section 5), and one by one only if that does not hold. Only the
+    /// owner of a key can make a signature that passes here and not in [`Advertisement::verify`].
     ///
     /// # Errors
     /// The place of the first that is refused, and why.

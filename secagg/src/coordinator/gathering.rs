@@ -79,8 +79,8 @@ impl Gathering {
             return Err(AdmitError::Duplicate);
         }
         let (session, population) = (&self.terms.session, &self.population);
-        Advertisement::verify_all(&[&advertisement], session, &self.registrars, population, now_unix_ms)
-            .map_err(|(_, error)| error)?;
+        // One by one: a batch may hold with a signature that fails alone, and in the devices' batches.
+        advertisement.verify(session, &self.registrars, population, now_unix_ms)?;
         self.keys.extend(keys);
         self.advertisements.push(advertisement);
         Ok(u32::try_from(self.advertisements.len() - 1).expect("bounded by MEMBERS_MAX"))

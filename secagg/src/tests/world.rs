@@ -69,18 +69,29 @@ pub(super) fn registrar() -> SigningKey {
 }
 
 pub(super) fn terms(script: &Script, attempt: u32) -> Terms {
-    let config_sha256 = [5; 32];
-    let session = SessionId::derive(&SessionParts {
+    let session = session(attempt, [6; 32]);
+    let bits = RingBits::new(script.bits).unwrap();
+    let Script { suite, dimension, .. } = *script;
+    Terms { session, config_sha256: CONFIG, suite, bits, dimension }
+}
+
+/// The session of the same script with another model.
+pub(super) fn other_model(script: &Script) -> SessionId {
+    session(script.attempt, [66; 32])
+}
+
+const CONFIG: [u8; 32] = [5; 32];
+
+fn session(attempt: u32, model_sha256: [u8; 32]) -> SessionId {
+    SessionId::derive(&SessionParts {
         population: POPULATION,
         task: "lora",
         round: 3,
         attempt,
-        model_sha256: [6; 32],
-        config_sha256,
+        model_sha256,
+        config_sha256: CONFIG,
         server_nonce: [7; 32],
-    });
-    let bits = RingBits::new(script.bits).unwrap();
-    Terms { session, config_sha256, suite: script.suite, bits, dimension: script.dimension }
+    })
 }
 
 pub(super) fn identity(number: u32) -> Identity {
