@@ -69,7 +69,7 @@ impl Drop for Expanded {
         // SAFETY: SSE2 is part of x86-64.
         self.keys = [unsafe { _mm_setzero_si128() }; 11];
         self.prefix = 0;
-        std::hint::black_box(&self.keys);
+        std::hint::black_box((&self.keys, &self.prefix));
     }
 }
 
