@@ -176,22 +176,4 @@ pub(crate) fn advertised(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_listed_key_is_of_low_order_and_honest_keys_are_not() {
-        for key in LOW_ORDER {
-            for secret in [[1; 32], [2; 32], [77; 32]] {
-                assert_eq!(agree(&StaticSecret::from(secret), &key).err(), Some(LowOrder));
-            }
-            let mut with_top_bit = key;
-            with_top_bit[31] |= 0x80;
-            assert!(is_low_order(&key) && is_low_order(&with_top_bit));
-        }
-        for secret in 0..=255 {
-            let public = PublicKey::from(&StaticSecret::from([secret; 32])).to_bytes();
-            assert!(!is_low_order(&public));
-        }
-    }
-}
+mod tests;

@@ -7,8 +7,8 @@ use crate::{
 };
 
 /// A registered device adds the point of order two to its signature's commitment R. One by one nobody accepts
-/// that, together with others every second device does (Chalkias et al. 2020, "Taming the many EdDSAs",
-/// section 3): let in, it would end the sessions of about half of its neighbours.
+/// that, together with others every second device does (Chalkias et al. 2020, "Taming the many EdDSAs"):
+/// let in, it would end the sessions of about half of its neighbours.
 #[test]
 fn a_signature_that_holds_only_among_others() {
     let world = World::new(Script::default());
