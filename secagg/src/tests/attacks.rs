@@ -1,12 +1,15 @@
 //! A coordinator that lies, against the real device: each lie ends in its named abort, and nothing is revealed
 //! after it. Peers that lie are in `attacks/peers.rs`, what arrives too late or twice in `attacks/calls.rs`,
-//! coordinator and peers together in `attacks/collusion.rs`, lies about survivors in `attacks/survivors.rs`.
+//! coordinator and peers together in `attacks/collusion.rs`, lies about survivors in `attacks/survivors.rs`,
+//! wrong shares in `attacks/poisoned.rs`.
 
 mod admission;
 mod calls;
 mod collusion;
+mod late;
 mod liar;
 mod peers;
+mod poisoned;
 mod survivors;
 
 use super::world::{NOW, POPULATION, Script, World, identity, registrar, terms};

@@ -3,8 +3,8 @@
 
 use super::liar::{advertise_as, assert_empty, forged_view, known_key};
 use crate::{
-    Abort, Advertisement, AdvertisementError, Certificate, CertificateError, Degrees, Identity, RosterView,
-    ShareBundle, SurvivorSet,
+    Abort, Advertisement, AdvertisementError, Certificate, CertificateError, Degrees, Device, Identity,
+    RosterView, ShareBundle, SurvivorSet,
     tests::world::{self, NOW, POPULATION, Script, World, registrar},
 };
 use ed25519_dalek::SigningKey;
@@ -105,8 +105,7 @@ fn replayed_advertisements_are_refused() {
 fn a_device_with_another_model_is_refused_and_refuses() {
     let (mut world, cohort) = World::frozen(Script::default());
     let terms = crate::Terms { session: world::other_model(&world.script), ..world.terms };
-    let (mut misled, advertisement) =
-        crate::Device::advertise(terms, world.identity(0), &mut world.rng.clone());
+    let (mut misled, advertisement) = Device::advertise(terms, world.identity(0), &mut world.rng.clone());
     let mut roster = world.advertisements();
     roster[0] = advertisement;
     let view = forged_view(&world.terms, &roster, cohort.degrees(), 1);
@@ -240,4 +239,25 @@ fn a_split_roster_ends_unconfirmed() {
         let expected = Abort::Unconfirmed { valid: peers, threshold: degrees.threshold };
         world.assert_left(place, outcome, &expected);
     }
+}
+
+/// If everything else is forced: a device that masks for another session than its peers spoils the sum, and the
+/// coordinator learns nothing from it.
+#[test]
+fn the_masks_of_a_misled_device_do_not_cancel() {
+    let mut dropouts = [const { Vec::new() }; 5];
+    dropouts[3] = vec![0];
+    let (mut world, mut cohort) = World::shared(Script { dropouts, ..Script::default() });
+    let mut record = world.device(0).to_record();
+    // The session's id comes right after the version.
+    record[1] ^= 1;
+    *world.device(0) = Device::from_record(&record).unwrap();
+    world.mask(&mut cohort).unwrap();
+    world.confirm(&mut cohort).unwrap();
+    world.reveal(&mut cohort).unwrap();
+    let opened = cohort.into_opening().run(1).unwrap();
+    let (expected, survivors) = world.expected();
+    assert_eq!(opened.survivors, survivors);
+    let equal = opened.sum.lanes().iter().zip(expected.lanes()).filter(|(a, b)| a == b).count();
+    assert!(equal < 3, "{equal} of 100 values of 20 bits are those of the plain sum");
 }
