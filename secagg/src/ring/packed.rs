@@ -41,9 +41,19 @@ pub(super) fn write(bits: RingBits, lanes: &[u32]) -> Vec<u8> {
 }
 
 fn read_width<const B: usize>(bytes: &[u8], lanes: &mut [u32], take: impl Fn(&mut u32, u32) + Copy) {
+    // Whole words need no shifts.
     if B == 32 {
         let (words, _) = bytes.as_chunks::<4>();
         lanes.iter_mut().zip(words).for_each(|(lane, word)| take(lane, u32::from_le_bytes(*word)));
+        return;
+    }
+    if B == 16 {
+        let (words, _) = bytes.as_chunks::<2>();
+        lanes.iter_mut().zip(words).for_each(|(lane, word)| take(lane, u16::from_le_bytes(*word).into()));
+        return;
+    }
+    if B == 8 {
+        lanes.iter_mut().zip(bytes).for_each(|(lane, byte)| take(lane, (*byte).into()));
         return;
     }
     let (groups, rest) = lanes.as_chunks_mut::<GROUP>();
