@@ -104,6 +104,7 @@ pub(crate) fn plan() -> TaskPlan {
             ring_bits: RingBits::new(32).unwrap(),
             summands_max: 16,
             summands_min: 2,
+            secure: None,
         },
         rounds: 3,
         expires: UnixMillis(u64::MAX),

@@ -397,12 +397,20 @@ impl Device {
             capabilities: Some(wire::DeviceCapabilities {
                 client_version: env!("CARGO_PKG_VERSION").into(),
                 device_class: self.setup.device_class.clone(),
-                aggregation_protocols: self.setup.floors.protocols.iter().map(|p| i32::from(*p)).collect(),
+                aggregation_protocols: self.protocols().map(i32::from).collect(),
             }),
             policy_sha256: self.policy.as_ref().map(|(sha256, _)| sha256.clone()).unwrap_or_default(),
             eligible_tasks: tasks.iter().map(|task| task.as_str().into()).collect(),
             release_version: self.setup.release_version,
         }
+    }
+
+    /// What it can take part in: secure aggregation only with an identity.
+    fn protocols(&self) -> impl Iterator<Item = wire::AggregationProtocol> {
+        let able = |protocol: &wire::AggregationProtocol| {
+            *protocol != wire::AggregationProtocol::SecaggPlus || self.setup.identity.is_some()
+        };
+        self.setup.floors.protocols.iter().copied().filter(able)
     }
 
     fn handle_check_in(&mut self, answer: wire::CheckInResponse, now: UnixMillis) {

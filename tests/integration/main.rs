@@ -3,6 +3,7 @@
 mod architecture;
 mod disclosure;
 mod documents;
+mod fuzz;
 mod processes;
 mod ratchet;
 mod secure;

@@ -57,6 +57,6 @@ fn settings_that_cannot_be_are_named() {
     assert!(error(SecaggArgs { devices: 1, ..args(1, 0) }).contains("--devices"));
     assert!(error(SecaggArgs { bits: 33, ..args(9, 0) }).contains("ring of 33 bits"));
     assert!(error(SecaggArgs { drop_step: 5, ..args(9, 0) }).contains("--drop-step"));
-    let weak = SecaggArgs { degree: Some(8), threshold: Some(3), ..args(9, 0) };
+    let weak = SecaggArgs { degree: Some(8), threshold: Some(3), drop: 0.0, ..args(9, 0) };
     assert!(error(weak).contains("twice the threshold"), "a device refuses it");
 }

@@ -99,6 +99,13 @@ impl Transport for ScriptedTransport {
             }),
             Request::SubmitUpdate(_) => Response::SubmitUpdate(contributed()),
             Request::ReportRelease(_) => Response::ReportRelease,
+            Request::AdvertiseKeys(_)
+            | Request::ShareKeys(_)
+            | Request::SubmitMaskedUpdate(_)
+            | Request::ConfirmSurvivors(_)
+            | Request::RevealShares(_) => {
+                return Err(CallFailure::new(FailureKind::Unimplemented, "the script's tasks are plain"));
+            }
         })
     }
 
@@ -282,6 +289,7 @@ pub(super) fn assignment_from(plan: &TaskPlan, checkpoint: &[u8]) -> wire::Check
         attempt: 0,
         checkpoint: Some(Digest::of(checkpoint).to_wire()),
         deadline_ms: 600_000,
+        aggregation_nonce: Vec::new(),
     }))
 }
 
