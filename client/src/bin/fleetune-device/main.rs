@@ -24,7 +24,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Take part: check in, train on own data, contribute, install releases.
-    Run(run::RunArguments),
+    Run(Box<run::RunArguments>),
     /// Continue a text with the model that serves on this device.
     Generate(generate::GenerateArguments),
     /// Print this device's public key, for a registrar to certify.
