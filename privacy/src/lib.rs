@@ -5,8 +5,10 @@
 //! takes its place between the two last stages; until then nothing here is differentially
 //! private, and nothing says it is.
 
+mod account;
 mod clip;
 mod encode;
 
+pub use account::*;
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};

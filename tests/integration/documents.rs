@@ -93,14 +93,30 @@ fn check_cargo_run(document: &str, words: &[&str]) {
     check_call(document, program, own);
 }
 
-/// Asks the program itself: its help for the subcommand names every flag.
+/// Asks the program itself: the help of the subcommand, and of the one beneath it, names every flag.
 fn check_call(document: &str, name: &str, words: &[&str]) {
-    let Some(subcommand) = words.first().filter(|word| !word.starts_with('-')) else { return };
-    let help = output(Command::new(program(name)).args([subcommand, "--help"]));
+    let mut path: Vec<&str> = Vec::new();
+    let mut help = output(Command::new(program(name)).arg("--help"));
+    for word in words {
+        if !is_subcommand(&help, word) {
+            break;
+        }
+        path.push(word);
+        help = output(Command::new(program(name)).args(&path).arg("--help"));
+    }
+    let nameless = words.first().is_some_and(|word| !word.starts_with('-')) && path.is_empty();
+    assert!(!nameless, "{document}: `{name}` has no command {}", words[0]);
     for flag in words.iter().filter(|word| word.starts_with("--")) {
         let flag = flag.split('=').next().unwrap_or_default();
-        assert!(help.contains(flag), "{document}: `{name} {subcommand}` has no flag {flag}");
+        assert!(help.contains(flag), "{document}: `{name} {}` has no flag {flag}", path.join(" "));
     }
+}
+
+/// True if a program's help lists the word under its commands.
+fn is_subcommand(help: &str, word: &str) -> bool {
+    let listed = help.split("Commands:").nth(1).unwrap_or_default();
+    let listed = listed.lines().skip(1).take_while(|line| line.starts_with("  "));
+    listed.into_iter().any(|line| line.split_whitespace().next() == Some(word))
 }
 
 /// Targets of Markdown links and pictures.
