@@ -154,8 +154,10 @@ fn round_once(values: &[f32], rounded: &mut [i32], source: &mut NoiseSource) -> 
             #[expect(clippy::cast_precision_loss, reason = "24 bits are exact")]
             let uniform = (u32::from_le_bytes(*word) >> 8) as f32 * (1.0 / 16_777_216.0);
             // Also false for NaN.
-            fine &= value.abs() < 8_388_608.0;
-            let floor = value.floor();
+            fine &= value.abs() < 4_194_304.0;
+            // Adding and taking away 1.5 * 2^23 rounds to an integer; `floor` is a call on older processors.
+            let nearest = (value + 12_582_912.0) - 12_582_912.0;
+            let floor = if nearest > *value { nearest - 1.0 } else { nearest };
             #[expect(clippy::cast_possible_truncation, reason = "integral, and a bad value is not used")]
             let whole = floor as i32;
             *rounded = whole.wrapping_add(i32::from(value - floor > uniform));

@@ -11,6 +11,7 @@ mod adapt;
 mod bound;
 mod clip;
 mod encode;
+mod ledger;
 mod mechanism;
 mod noise;
 mod rotate;
@@ -20,6 +21,9 @@ pub use adapt::{BIT_UNITS, ClipAdaptation, noise_multiplier_beside_bit};
 pub use bound::{BoundedVector, IntegerBound};
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};
+pub use ledger::{
+    Charge, Ledger, LedgerError, LedgerLine, PrivacyPolicy, Purpose, SCOPES_MAX, Scope, spent_epsilon,
+};
 pub use mechanism::{Mechanism, NoiseCohort, NoisedVector, PrivacyParameters, PrivacyPlan, PrivateMean};
 pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTable};
 pub use rotate::Rotation;

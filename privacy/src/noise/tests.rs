@@ -52,6 +52,7 @@ fn a_tables_end_is_where_nothing_is_left() {
         let table = table("skellam_symmetric", variance);
         assert_eq!(table.cumulative().last(), Some(&u128::MAX));
         assert!(table.cumulative().is_sorted());
+        assert!(f64::from(table.magnitude_max()) <= 14.0 * f64::sqrt(variance) + 60.0);
         assert!(table.ln_total_variation() < -110.0 * std::f64::consts::LN_2);
         let p = probabilities(&table);
         let second: f64 = p.iter().enumerate().map(|(m, p)| (m as f64).powi(2) * p).sum();
