@@ -15,6 +15,7 @@ mod ledger;
 mod mechanism;
 mod noise;
 mod rotate;
+mod statement;
 
 pub use account::*;
 pub use adapt::{BIT_UNITS, ClipAdaptation, noise_multiplier_beside_bit};
@@ -27,3 +28,4 @@ pub use ledger::{
 pub use mechanism::{Mechanism, NoiseCohort, NoisedVector, PrivacyParameters, PrivacyPlan, PrivateMean};
 pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTable};
 pub use rotate::Rotation;
+pub use statement::{DeviceGuarantee, Guarantee, PrivacyStatement, STATEMENT_VERSION, StatementParts};

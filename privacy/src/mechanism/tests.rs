@@ -151,7 +151,6 @@ fn sums_wrap_no_more_often_than_the_bound_says() {
 
 /// The published scale for a ring: our bound must not allow more than a third of a bit beyond it.
 #[test]
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "whole numbers")]
 fn the_published_heuristic_is_near() {
     for row in value("scale_factor_subgaussian").as_array().unwrap() {
         let of = |field: &str| row[field].as_f64().unwrap();

@@ -130,7 +130,6 @@ impl NoiseTable {
     /// The magnitude that the uniform word `draw` stands for.
     #[inline]
     pub(super) fn magnitude(&self, draw: u64, source: &mut NoiseSource) -> u32 {
-        #[expect(clippy::cast_possible_truncation, reason = "at most 16 bits are left")]
         let from = usize::from(self.guide[(draw >> self.guide_shift) as usize]);
         let at = from + usize::from(draw > self.high[from]);
         let at = if draw < self.high[at] { at } else { self.scan(at, draw, source) };
