@@ -16,6 +16,7 @@ mod mechanism;
 mod noise;
 mod rotate;
 mod statement;
+mod target;
 
 pub use account::*;
 pub use adapt::{BIT_UNITS, ClipAdaptation, noise_multiplier_beside_bit};
@@ -29,3 +30,4 @@ pub use mechanism::{Mechanism, NoiseCohort, NoisedVector, PrivacyParameters, Pri
 pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTable};
 pub use rotate::Rotation;
 pub use statement::{DeviceGuarantee, Guarantee, PrivacyStatement, STATEMENT_VERSION, StatementParts};
+pub use target::{AdaptationTarget, PrivacyTarget, clip_units};

@@ -38,7 +38,7 @@ pub struct PrivacyParameters {
     pub participations_max: u32,
     /// Least time between two contributions of one device, milliseconds.
     pub separation_ms: u64,
-    /// Least rounds between two contributions of one device; 1 is every round.
+    /// Least rounds between two contributions of one device; 0 allows another attempt at the same round.
     pub separation_rounds: u32,
     /// Delta of the guarantee.
     pub delta: Delta,
@@ -101,8 +101,6 @@ impl PrivacyPlan {
         AccountError::check(honest >= 1.0, "honest survivors", honest, "at least 1: the noise is theirs")?;
         let times = f64::from(p.participations_max);
         AccountError::check(times >= 1.0, "participations", times, "at least 1")?;
-        let rounds = f64::from(p.separation_rounds);
-        AccountError::check(rounds >= 1.0, "separation in rounds", rounds, "at least 1")?;
         let bound = IntegerBound::new(p.clip_units, Rotation::rotated_len(dimension))?;
         let plan = Self { parameters, dimension, bound };
         plan.sum_curve(p.honest_survivors_min)?;

@@ -109,7 +109,6 @@ fn parameters_that_protect_nobody_are_refused() {
     };
     assert!(bad(|p| p.honest_survivors_min = 0).contains("honest survivors"));
     assert!(bad(|p| p.participations_max = 0).contains("participations"));
-    assert!(bad(|p| p.separation_rounds = 0).contains("separation"));
     assert!(bad(|p| p.clip_units = 0).contains("clipping norm"));
     assert!(bad(|p| p.mechanism = Mechanism::DiscreteGaussian).contains("local sigma is 2"));
 }

@@ -133,9 +133,7 @@ impl NoiseTable {
         let from = usize::from(self.guide[(draw >> self.guide_shift) as usize]);
         let at = from + usize::from(draw > self.high[from]);
         let at = if draw < self.high[at] { at } else { self.scan(at, draw, source) };
-        #[expect(clippy::cast_possible_truncation, reason = "tables are short")]
-        let magnitude = at as u32;
-        magnitude
+        at as u32
     }
 
     /// The rare cases: several entries within one step of the guide, or equal upper halves.
@@ -169,7 +167,6 @@ impl NoiseTable {
         }
         // The last entry takes what is left.
         *cumulative.last_mut().expect("a law has a value") = u128::MAX;
-        #[expect(clippy::cast_possible_truncation, reason = "the upper half")]
         let high: Vec<u64> = cumulative.iter().map(|c| (c >> 64) as u64).collect();
         let bits = (usize::BITS - (4 * high.len()).leading_zeros()).clamp(8, GUIDE_BITS_MAX);
         let guide_shift = 64 - bits;
