@@ -7,7 +7,7 @@
 use crate::{account::AccountError, noise::NoiseSource};
 
 /// A device rounds this often before it begins to shrink the update; each try passes with a probability of
-/// at least 0.39 (Kairouz et al. 2021, section 4.1 with beta = e^(-1/2)), in practice nearly always.
+/// at least 0.39 (Kairouz et al. 2021, conditional randomized rounding with beta = e^(-1/2)), in practice nearly always.
 const TRIES: u32 = 20;
 /// Tries with shrinking; then the update is the zero vector.
 const SHRINKS: u32 = 200;
@@ -31,7 +31,8 @@ pub struct BoundedVector {
 
 impl IntegerBound {
     /// The bound after conditional stochastic rounding of `dimension` values of L2 norm `clip_units` (Kairouz et
-    /// al. 2021, "The Distributed Discrete Gaussian Mechanism", equation 6, with beta = e^(-1/2)):
+    /// al. 2021, "The Distributed Discrete Gaussian Mechanism", theorem 1 and its conditional randomized
+    /// rounding, with beta = e^(-1/2)):
     /// `B^2 = min((c + sqrt d)^2, c^2 + d/4 + sqrt(2 ln(1/beta)) (c + sqrt(d)/2))`, rounded down. All operations
     /// are exactly rounded ones, so every machine gets the same number.
     ///
