@@ -8,7 +8,11 @@
 mod account;
 mod clip;
 mod encode;
+#[cfg(feature = "opendp")]
+mod release;
 
 pub use account::*;
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};
+#[cfg(feature = "opendp")]
+pub use release::*;
