@@ -14,6 +14,8 @@ mod encode;
 mod ledger;
 mod mechanism;
 mod noise;
+#[cfg(feature = "opendp")]
+mod release;
 mod rotate;
 mod statement;
 mod target;
@@ -23,6 +25,7 @@ pub use adapt::{BIT_UNITS, ClipAdaptation, noise_multiplier_beside_bit};
 pub use bound::{BoundedVector, IntegerBound};
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};
+<<<<<<< HEAD
 pub use ledger::{
     Charge, Ledger, LedgerError, LedgerLine, PrivacyPolicy, Purpose, SCOPES_MAX, Scope, spent_epsilon,
 };
@@ -31,3 +34,7 @@ pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTa
 pub use rotate::Rotation;
 pub use statement::{DeviceGuarantee, Guarantee, PrivacyStatement, STATEMENT_VERSION, StatementParts};
 pub use target::{AdaptationTarget, PrivacyTarget, clip_units};
+=======
+#[cfg(feature = "opendp")]
+pub use release::*;
+>>>>>>> 157a0de0924a4c23afe4cf908e6025fa1a2e5260
