@@ -20,6 +20,7 @@ fn plan(sigma: f64) -> PrivacyPlan {
         clip_units: 4096,
         variance: GridVariance::at_least(sigma * sigma).expect("a variance"),
         honest_survivors_min: 64,
+        colluders_max: 0,
         participations_max: 4,
         separation_ms: 0,
         separation_rounds: 1,

@@ -25,16 +25,13 @@ pub use adapt::{BIT_UNITS, ClipAdaptation, noise_multiplier_beside_bit};
 pub use bound::{BoundedVector, IntegerBound};
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};
-<<<<<<< HEAD
 pub use ledger::{
     Charge, Ledger, LedgerError, LedgerLine, PrivacyPolicy, Purpose, SCOPES_MAX, Scope, spent_epsilon,
 };
 pub use mechanism::{Mechanism, NoiseCohort, NoisedVector, PrivacyParameters, PrivacyPlan, PrivateMean};
 pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTable};
+#[cfg(feature = "opendp")]
+pub use release::*;
 pub use rotate::Rotation;
 pub use statement::{DeviceGuarantee, Guarantee, PrivacyStatement, STATEMENT_VERSION, StatementParts};
 pub use target::{AdaptationTarget, PrivacyTarget, clip_units};
-=======
-#[cfg(feature = "opendp")]
-pub use release::*;
->>>>>>> 157a0de0924a4c23afe4cf908e6025fa1a2e5260

@@ -34,6 +34,8 @@ pub struct PrivacyParameters {
     /// Fewest honest devices in any sum that opens: the protocol's least survivors less the colluders
     /// assumed. Their noise is what the guarantee counts on.
     pub honest_survivors_min: u32,
+    /// Survivors that may side with the coordinator, having added no noise.
+    pub colluders_max: u32,
     /// Most contributions of one device.
     pub participations_max: u32,
     /// Least time between two contributions of one device, milliseconds.
@@ -206,13 +208,24 @@ impl PrivacyPlan {
         self.sum_curve(1).unwrap_or_else(|_| RdpCurve::from_fn(|_| f64::INFINITY))
     }
 
-    /// Sum of squares over noise variance: the `rho` that people expect, of one participation, with
-    /// `RDP(alpha) <= rho alpha` at all orders of the accountant.
+    /// The `rho` of one participation at its worst; see [`RdpCurve::rho`].
     #[must_use]
     pub fn participation_rho(&self) -> f64 {
-        let curve = self.participation_curve();
-        let each = crate::account::ORDERS.iter().zip(curve.values());
-        each.map(|(order, rdp)| rdp / f64::from(*order)).fold(0.0, f64::max)
+        self.participation_curve().rho()
+    }
+
+    /// Devices whose noise is counted on in a sum of `survivors`; the protocol opens none with fewer than
+    /// the plan's least.
+    #[must_use]
+    pub fn honest_among(&self, survivors: u32) -> u32 {
+        survivors.saturating_sub(self.parameters.colluders_max).max(self.parameters.honest_survivors_min)
+    }
+
+    /// Standard deviation of the noise on a coordinate of the mean of `contributions`, in the update's units.
+    #[must_use]
+    pub fn mean_noise(&self, clipping_norm: ClippingNorm, contributions: u32) -> f64 {
+        let sum = self.parameters.variance.value() * f64::from(contributions);
+        sum.sqrt() / (self.scale(clipping_norm) * f64::from(contributions))
     }
 
     /// What the sampler's tables add to delta over a device's participations: `(1 + e^epsilon) d n k TV`, by a

@@ -23,6 +23,8 @@ pub struct PrivacyTarget {
     pub dimension: usize,
     /// Fewest honest devices in any sum that opens.
     pub honest_survivors_min: u32,
+    /// Survivors that may have added no noise.
+    pub colluders_max: u32,
     /// Most contributions of one device.
     pub participations_max: u32,
     /// Least time between two, milliseconds.
@@ -116,6 +118,7 @@ impl PrivacyTarget {
             clip_units: units,
             variance,
             honest_survivors_min: self.honest_survivors_min,
+            colluders_max: self.colluders_max,
             participations_max: self.participations_max,
             separation_ms: self.separation_ms,
             separation_rounds: self.separation_rounds,
@@ -149,6 +152,7 @@ mod tests {
             delta: Delta::new(1e-6).unwrap(),
             dimension: 184_320,
             honest_survivors_min: 60,
+            colluders_max: 12,
             participations_max: 4,
             separation_ms: 0,
             separation_rounds: 0,

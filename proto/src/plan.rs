@@ -248,7 +248,7 @@ impl AggregationPlan {
             summands_max: self.summands_max,
             summands_min: self.summands_min,
             secure: self.secure.map(SecurePlan::to_wire),
-            privacy: self.privacy.map(|privacy| privacy::to_wire(&privacy, self.summands_min)),
+            privacy: self.privacy.map(|privacy| privacy::to_wire(&privacy)),
         }
     }
 }
@@ -450,6 +450,7 @@ pub(crate) mod tests {
             clip_units: 64,
             variance: variance(4000.0),
             honest_survivors_min: 4,
+            colluders_max: 10,
             participations_max: 3,
             separation_ms: 1000,
             separation_rounds: 0,

@@ -9,6 +9,7 @@ fn parameters(units: u32, variance: f64) -> PrivacyParameters {
         clip_units: units,
         variance: GridVariance::at_least(variance).unwrap(),
         honest_survivors_min: 4,
+        colluders_max: 0,
         participations_max: 3,
         separation_ms: 0,
         separation_rounds: 1,

@@ -25,7 +25,7 @@ pub struct NoiseOrigin(Origin);
 #[derive(Clone)]
 enum Origin {
     OperatingSystem,
-    #[cfg(feature = "simulation")]
+    #[cfg(any(test, feature = "simulation"))]
     Simulated([u8; 32]),
 }
 
@@ -37,7 +37,7 @@ impl NoiseOrigin {
     }
 
     /// Repeatable sources, for simulations.
-    #[cfg(feature = "simulation")]
+    #[cfg(any(test, feature = "simulation"))]
     #[must_use]
     pub fn simulated(seed: [u8; 32]) -> Self {
         Self(Origin::Simulated(seed))
@@ -48,7 +48,7 @@ impl NoiseOrigin {
     pub fn is_simulated(&self) -> bool {
         match self.0 {
             Origin::OperatingSystem => false,
-            #[cfg(feature = "simulation")]
+            #[cfg(any(test, feature = "simulation"))]
             Origin::Simulated(_) => true,
         }
     }
@@ -66,7 +66,7 @@ impl NoiseOrigin {
                 getrandom::fill(&mut key).map_err(|error| NoiseError(error.to_string()))?;
                 Ok(NoiseSource::keyed(key))
             }
-            #[cfg(feature = "simulation")]
+            #[cfg(any(test, feature = "simulation"))]
             Origin::Simulated(seed) => {
                 use sha2::{Digest, Sha256};
                 let hash = Sha256::new().chain_update("fleetune simulated noise v1").chain_update(seed);

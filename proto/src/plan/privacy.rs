@@ -27,6 +27,7 @@ pub(super) fn parse(wire: &wire::PrivacyPlan, summands_min: u32) -> Result<Priva
         variance: variance("plan.aggregation.privacy.variance_steps", wire.variance_steps)?,
         honest_survivors_min: honest_survivors_min
             .ok_or_else(|| WireError::invalid("plan.aggregation.privacy.colluders_max", nobody()))?,
+        colluders_max: wire.colluders_max,
         participations_max: wire.participations_max,
         separation_ms: wire.separation_ms,
         separation_rounds: wire.separation_rounds,
@@ -38,7 +39,7 @@ pub(super) fn parse(wire: &wire::PrivacyPlan, summands_min: u32) -> Result<Priva
     })
 }
 
-pub(super) fn to_wire(privacy: &PrivacyParameters, summands_min: u32) -> wire::PrivacyPlan {
+pub(super) fn to_wire(privacy: &PrivacyParameters) -> wire::PrivacyPlan {
     let mechanism = match privacy.mechanism {
         Mechanism::Skellam => NoiseMechanism::Skellam,
         Mechanism::DiscreteGaussian => NoiseMechanism::DiscreteGaussian,
@@ -54,7 +55,7 @@ pub(super) fn to_wire(privacy: &PrivacyParameters, summands_min: u32) -> wire::P
         mechanism: mechanism.into(),
         clip_units: privacy.clip_units,
         variance_steps: privacy.variance.steps(),
-        colluders_max: summands_min.saturating_sub(privacy.honest_survivors_min),
+        colluders_max: privacy.colluders_max,
         participations_max: privacy.participations_max,
         separation_ms: privacy.separation_ms,
         separation_rounds: privacy.separation_rounds,
@@ -77,7 +78,7 @@ pub(super) fn check(plan: &TaskPlan) -> Result<(), WireError> {
     let privacy = PrivacyPlan::new(parameters, plan.adapter.dimension)
         .map_err(|error| invalid("plan.aggregation.privacy", &error))?;
     let least = colluders_min(secure);
-    let colluders = aggregation.summands_min.saturating_sub(parameters.honest_survivors_min);
+    let colluders = parameters.colluders_max;
     if colluders < least {
         let share = secure.assumptions.corrupted_permille;
         let problem =
