@@ -6,12 +6,16 @@
 mod convert;
 mod discrete_gaussian;
 #[cfg(feature = "planning")]
+mod lora;
+#[cfg(feature = "planning")]
 mod matrix;
 mod rdp;
 mod skellam;
 
 pub use convert::{AccountError, Delta, zcdp_delta, zcdp_epsilon};
 pub use discrete_gaussian::DistributedGaussian;
+#[cfg(feature = "planning")]
+pub use lora::{LoraNoise, LoraProduct, lora_noise};
 #[cfg(feature = "planning")]
 pub use matrix::{
     BufferedToeplitz, MatrixSensitivity, NoiseBuffers, Participation, TREE_PARTICIPATIONS_MAX,

@@ -6,6 +6,8 @@
 //! private, and nothing says it is.
 
 mod account;
+#[cfg(feature = "planning")]
+pub mod audit;
 mod clip;
 mod encode;
 

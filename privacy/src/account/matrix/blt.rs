@@ -56,7 +56,8 @@ impl BufferedToeplitz {
 
     /// Decays and scales of the inverse, which has the same form: `d_i = sum_j scale_j decay_j^(i-1)`.
     ///
-    /// The generating function of `c` is `f(1/x)` with `f(y) = 1 + sum_j omega_j / (y - theta_j)`. The decays of
+    /// McMahan and Pillutla 2025, "An Inversion Theorem for Buffered Linear Toeplitz (BLT) Matrices", for the
+    /// form. The generating function of `c` is `f(1/x)` with `f(y) = 1 + sum_j omega_j / (y - theta_j)`. The decays of
     /// the inverse are the zeros of `f`, one below each theta and above the next; its scales the residues
     /// `1 / f'` there. Scales are negative; the last decay may be.
     #[must_use]
@@ -130,7 +131,7 @@ pub struct NoiseBuffers {
 
 impl NoiseBuffers {
     /// Replaces the next row `y` of `Y` by that of `C^-1 Y`: `x = y - sum_j omega_j S_j`, then
-    /// `S_j = theta_j S_j + x` (Dvijotham et al. 2024, algorithm 1).
+    /// `S_j = theta_j S_j + x` (Dvijotham et al. 2024).
     ///
     /// # Panics
     /// Where the row is not of the buffers' dimension.

@@ -29,7 +29,7 @@ impl Toeplitz {
 
     /// The square root of the matrix of prefix sums, which has the least greatest error of all Toeplitz
     /// strategies where each device takes part once: `c_j = c_{j-1} (2j - 1) / (2j)` (Fichtenberger,
-    /// Henzinger and Upadhyay 2023, "Constant Matters", section 3).
+    /// Henzinger and Upadhyay 2023, "Constant Matters").
     #[must_use]
     pub fn optimal(steps: u32) -> Self {
         let next = |c: &mut f64, j: u32| {
@@ -102,7 +102,7 @@ impl Toeplitz {
 
 /// Sensitivity of any matrix of `bands` diagonals whose columns have squared norms of at most
 /// `column_norm_squared`, Toeplitz or not: `k` times that, since columns at least `bands` apart share no row
-/// (Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Factorization", theorem 2).
+/// (Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Factorization").
 ///
 /// # Errors
 /// [`AccountError::Parameter`] where rounds of one device may be closer than the bands, or the norm is not
