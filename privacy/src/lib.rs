@@ -8,6 +8,8 @@
 
 mod account;
 mod adapt;
+#[cfg(feature = "planning")]
+pub mod audit;
 mod bound;
 mod clip;
 mod encode;
