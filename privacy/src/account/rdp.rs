@@ -76,7 +76,8 @@ impl RdpCurve {
     pub fn delta(&self, epsilon: f64) -> Result<f64, AccountError> {
         let range = "finite and not negative";
         AccountError::check(epsilon.is_finite() && epsilon >= 0.0, "epsilon", epsilon, range)?;
-        let each = ORDERS.iter().zip(&self.0).map(|(order, rdp)| ln_delta_at(f64::from(*order), *rdp, epsilon));
+        let each =
+            ORDERS.iter().zip(&self.0).map(|(order, rdp)| ln_delta_at(f64::from(*order), *rdp, epsilon));
         Ok(outward(each.fold(0.0, f64::min).exp()))
     }
 }

@@ -27,7 +27,12 @@ impl Skellam {
     /// [`AccountError::Parameter`].
     pub fn new(l2: f64, dimension: u64, variance: f64) -> Result<Self, AccountError> {
         AccountError::check(l2.is_finite() && l2 >= 0.0, "sensitivity", l2, "finite and not negative")?;
-        AccountError::check(variance.is_finite() && variance > 0.0, "variance", variance, "finite and positive")?;
+        AccountError::check(
+            variance.is_finite() && variance > 0.0,
+            "variance",
+            variance,
+            "finite and positive",
+        )?;
         #[expect(clippy::cast_precision_loss, reason = "dimensions are far below 2^53")]
         let root = (dimension as f64).sqrt();
         AccountError::check(dimension > 0, "dimension", 0.0, "positive")?;
