@@ -12,6 +12,13 @@ mod matrix;
 mod rdp;
 mod skellam;
 
+#[cfg(feature = "planning")]
+mod gaussian;
+#[cfg(feature = "planning")]
+mod subsampled;
+#[cfg(feature = "planning")]
+mod without_replacement;
+
 pub use convert::{AccountError, Delta, zcdp_delta, zcdp_epsilon};
 pub use discrete_gaussian::DistributedGaussian;
 #[cfg(feature = "planning")]
@@ -23,6 +30,13 @@ pub use matrix::{
 };
 pub use rdp::{ORDERS, RdpCurve};
 pub use skellam::Skellam;
+
+#[cfg(feature = "planning")]
+pub use gaussian::{discrete_gaussian_delta, gaussian_delta, gaussian_epsilon, gaussian_sigma};
+#[cfg(feature = "planning")]
+pub use subsampled::SubsampledGaussian;
+#[cfg(feature = "planning")]
+pub use without_replacement::FixedCohortGaussian;
 
 #[cfg(test)]
 pub(crate) mod known;
