@@ -48,8 +48,11 @@ pub enum NoiseSpec {
 }
 
 impl PrivacySpec {
-    /// Sets the privacy of a plan, and its ring if asked to.
-    pub(crate) fn apply(&self, aggregation: &mut AggregationPlan, dimension: usize) -> Result<(), String> {
+    /// Sets the privacy of a plan for adapters of `dimension` values, and its ring if asked to.
+    ///
+    /// # Errors
+    /// What stands against it, in words.
+    pub fn apply(&self, aggregation: &mut AggregationPlan, dimension: usize) -> Result<(), String> {
         let secure = aggregation.secure.as_ref();
         let secure = secure.ok_or("differential privacy needs protocol = \"secagg_plus\"")?;
         let (survivors, colluders) = (aggregation.summands_min, secure.colluders_max());

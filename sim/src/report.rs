@@ -2,9 +2,9 @@
 //! (`report/html.rs`), and printed as a short table.
 
 pub(crate) mod html;
+mod privacy;
 #[cfg(test)]
 mod sample;
-mod privacy;
 mod secure;
 pub(crate) mod table;
 mod words;

@@ -108,7 +108,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let adapter = Adapter::new(Arc::clone(&experiment.layout), trained.adapter)?;
     let scores = trained.scores;
     let is_secure = scenario.aggregation_plan()?.secure.is_some();
-    let privacy = PrivacyReport::of(&scenario, &outcome)?;
+    let privacy = PrivacyReport::of(&scenario, &outcome, experiment.layout.len())?;
     let secure_aggregation = is_secure.then(|| SecureReport::of(&trained.rounds));
     let report = Report {
         version: env!("CARGO_PKG_VERSION").into(),

@@ -3,7 +3,7 @@
 
 use crate::{fleet::FleetOutcome, scenario::Scenario};
 use anyhow::{Context, Result};
-use fleetune_privacy::{NoiseCohort, PrivacyStatement};
+use fleetune_privacy::{NoiseCohort, PrivacyPlan, PrivacyStatement};
 use serde::{Deserialize, Serialize};
 
 /// What a private run may claim.
@@ -43,7 +43,7 @@ pub struct SimulatedGuarantee {
 
 impl PrivacyReport {
     /// None without differential privacy.
-    pub(crate) fn of(scenario: &Scenario, outcome: &FleetOutcome) -> Result<Option<Self>> {
+    pub(crate) fn of(scenario: &Scenario, outcome: &FleetOutcome, dimension: usize) -> Result<Option<Self>> {
         if !scenario.privacy.enabled {
             return Ok(None);
         }
@@ -67,7 +67,7 @@ impl PrivacyReport {
             participations_most: outcome.participations_most,
             sums_opened: u32::try_from(outcome.charges.len()).unwrap_or(u32::MAX),
             survivors_least: survivors.min().unwrap_or(0),
-            epsilon_by_round: epsilon_by_round(scenario, outcome)?,
+            epsilon_by_round: epsilon_by_round(scenario, dimension)?,
         }))
     }
 
@@ -85,16 +85,15 @@ impl PrivacyReport {
     }
 }
 
-fn epsilon_by_round(scenario: &Scenario, outcome: &FleetOutcome) -> Result<Vec<f64>> {
-    let imagined = scenario.imagined()?;
-    let Some(imagined) = imagined else {
-        let spec = crate::fleet::task(scenario, 0)?;
-        let most = spec.privacy.map_or(0, |privacy| privacy.participations_max);
-        let each = outcome.epsilon_by_participation.iter().copied();
-        let mut curve: Vec<f64> = each.take(most as usize).collect();
-        let last = curve.last().copied().unwrap_or(0.0);
-        curve.resize(scenario.rounds as usize, last);
-        return Ok(curve);
-    };
-    (1..=scenario.rounds).map(|rounds| imagined.epsilon_after(rounds)).collect()
+fn epsilon_by_round(scenario: &Scenario, dimension: usize) -> Result<Vec<f64>> {
+    if let Some(imagined) = scenario.imagined()? {
+        return (1..=scenario.rounds).map(|rounds| imagined.epsilon_after(rounds)).collect();
+    }
+    let mut aggregation = scenario.aggregation_plan()?;
+    let spec = scenario.privacy_spec()?.context("the run is private")?;
+    spec.apply(&mut aggregation, dimension).map_err(anyhow::Error::msg)?;
+    let parameters = aggregation.privacy.context("set just above")?;
+    let plan = PrivacyPlan::new(parameters, dimension)?;
+    let (one, most) = (plan.participation_curve(), parameters.participations_max);
+    Ok((1..=scenario.rounds).map(|round| one.times(round.min(most)).epsilon(parameters.delta).0).collect())
 }
