@@ -360,3 +360,6 @@ fn table(law: Law) -> Arc<NoiseTable> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(all(test, feature = "planning"))]
+mod audits;

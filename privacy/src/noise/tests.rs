@@ -162,3 +162,22 @@ fn variances_out_of_range_are_refused() {
     let narrow = Law::DiscreteGaussian(GridVariance::at_least(0.4).unwrap());
     assert!(NoiseTable::new(narrow).is_err());
 }
+
+/// Somebody else's exact sampler against our tables.
+#[cfg(feature = "opendp")]
+#[test]
+fn opendp_draws_follow_our_tables() {
+    use opendp::traits::samplers::sample_discrete_gaussian;
+    for sigma in [1.0, 12.5] {
+        let table = table("discrete_gaussian", sigma * sigma);
+        let limit = i32::try_from(table.magnitude_max()).unwrap();
+        let draw = || -> i32 {
+            let scale = sigma.try_into().expect("a rational");
+            let drawn = sample_discrete_gaussian(scale).expect("entropy");
+            i32::try_from(drawn).expect("small").clamp(-limit, limit)
+        };
+        let values: Vec<i32> = (0..150_000).map(|_| draw()).collect();
+        let z = chi_square_of(&table, &values);
+        assert!(z.abs() < 6.5, "sigma {sigma}: {z} standard deviations");
+    }
+}
