@@ -104,6 +104,7 @@ pub(crate) fn plan() -> TaskPlan {
             ring_bits: RingBits::new(32).unwrap(),
             summands_max: 16,
             summands_min: 2,
+            privacy: None,
             secure: None,
         },
         rounds: 3,
@@ -132,5 +133,6 @@ pub(crate) fn manifest(version: u64, adapter: &[u8]) -> ReleaseManifest {
         created: UnixMillis(version),
         expires: UnixMillis(u64::MAX),
         privacy_statement: "none: a test".into(),
+        privacy_statement_json: String::new(),
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod limits;
 pub mod optimizer;
+pub mod privacy;
 
 pub(crate) mod machine;
 
@@ -18,6 +19,8 @@ pub mod store;
 
 pub use machine::{
     AggregationRecord, CohortRecord, Commit, CommitId, Core, CoreError, CoreEvent, CoreSetup, OpenedCohort,
-    OpeningWork, PacePolicy, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress, TaskSpec, TaskStatus,
+    OpeningWork, PacePolicy, PrivacyRecord, PublishedRelease, RoundOutcome, RoundRecord, SumCharge,
+    TaskProgress, TaskSpec, TaskStatus,
 };
 pub use optimizer::ServerOptimizer;
+pub use privacy::{NoiseSpec, PrivacySpec};

@@ -21,13 +21,13 @@ mod task;
 mod tests;
 
 pub use commit::{
-    AggregationRecord, CohortRecord, Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord,
-    TaskProgress,
+    AggregationRecord, CohortRecord, Commit, CommitId, PrivacyRecord, PublishedRelease, RoundOutcome,
+    RoundRecord, TaskProgress,
 };
 pub use error::CoreError;
 pub use event::CoreEvent;
 pub use pace::PacePolicy;
-pub use secure::{OpenedCohort, OpeningWork};
+pub use secure::{OpenedCohort, OpeningWork, SumCharge};
 pub use task::{TaskSpec, TaskStatus};
 
 use crate::limits::{COMMIT_DELAY_MS_MAX, COMMIT_DELAY_MS_MIN, EXCLUDED_MAX, backoff_ms};
@@ -181,7 +181,7 @@ impl Core {
         self.handle_timeout(now);
         let (key, session) = self.sessions.find(&request.session_token)?;
         let plan = &self.tasks[&session.task].plan;
-        let size = plan.aggregation.ring_bits.packed_len(plan.adapter.dimension) as u64;
+        let size = plan.aggregation.ring_bits.packed_len(plan.vector_len()) as u64;
         let committed_bytes = self.sessions.write_chunk(key, request, size, now)?;
         Ok(wire::WriteBlobChunkResponse { committed_bytes })
     }

@@ -1,11 +1,13 @@
 //! What must survive a restart: tasks, rounds and releases in SQLite, their bytes as blobs on disk.
 //!
-//! SQL stands in the file of its table (`store/tasks.rs`, `store/rounds.rs`, `store/releases.rs`), bytes in
+//! SQL stands in the file of its table (`store/tasks.rs`, `store/rounds.rs`, `store/releases.rs`,
+//! `store/ledger.rs`), bytes in
 //! `store/blobs.rs`. One commit of the core is one transaction ([`Store::keep`]); its blobs are durable
 //! before it, so a row never names bytes that are not there. No contribution of a device is ever stored.
 
 mod blobs;
 mod error;
+mod ledger;
 mod releases;
 mod rounds;
 mod tasks;
@@ -15,9 +17,10 @@ mod tests;
 
 pub use blobs::BlobStore;
 pub use error::StoreError;
+pub use ledger::ChargedSum;
 pub use tasks::{StoredProgress, StoredTask};
 
-use crate::{Commit, PublishedRelease, RoundRecord, config::Storage};
+use crate::{Commit, PublishedRelease, RoundRecord, SumCharge, config::Storage};
 use fleetune_proto::{Digest, Name, UnixMillis};
 use sqlx::{
     SqlSafeStr, SqlitePool,
@@ -104,6 +107,22 @@ impl Store {
     /// [`StoreError::Database`], [`StoreError::Corrupt`].
     pub async fn rounds(&self, task: &Name) -> Result<Vec<RoundRecord>, StoreError> {
         rounds::all(&self.pool, &self.population, task).await
+    }
+
+    /// Charges a sum to the privacy ledger, durably: before it is opened.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]; the sum then stays masked.
+    pub async fn charge(&self, charge: &SumCharge, now: UnixMillis) -> Result<(), StoreError> {
+        ledger::charge(&self.pool, &self.population, charge, now).await
+    }
+
+    /// What the opened sums of a task gave away, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn charges(&self, task: &Name) -> Result<Vec<ChargedSum>, StoreError> {
+        ledger::all(&self.pool, &self.population, task).await
     }
 
     /// All releases, oldest first.
@@ -194,8 +213,10 @@ async fn connect(database: &Path, create: bool) -> Result<SqlitePool, StoreError
 fn migrator() -> Migrator {
     let start = include_str!("../migrations/0001_start.sql").into_sql_str();
     let aggregation = include_str!("../migrations/0002_aggregation.sql").into_sql_str();
+    let privacy = include_str!("../migrations/0003_privacy.sql").into_sql_str();
     Migrator::with_migrations(vec![
         Migration::new(1, "start".into(), MigrationType::Simple, start, false),
         Migration::new(2, "aggregation".into(), MigrationType::Simple, aggregation, false),
+        Migration::new(3, "privacy".into(), MigrationType::Simple, privacy, false),
     ])
 }

@@ -5,6 +5,10 @@
 
 mod convert;
 mod discrete_gaussian;
+#[cfg(feature = "planning")]
+mod lora;
+#[cfg(feature = "planning")]
+mod matrix;
 mod rdp;
 mod skellam;
 
@@ -23,6 +27,13 @@ mod without_replacement;
 
 pub use convert::{AccountError, Delta, zcdp_delta, zcdp_epsilon};
 pub use discrete_gaussian::DistributedGaussian;
+#[cfg(feature = "planning")]
+pub use lora::{LoraNoise, LoraProduct, lora_noise};
+#[cfg(feature = "planning")]
+pub use matrix::{
+    BufferedToeplitz, MatrixSensitivity, NoiseBuffers, Participation, TREE_PARTICIPATIONS_MAX,
+    TREE_STEPS_MAX, Toeplitz, banded_sensitivity, tree_sensitivity, tree_single_epoch_sensitivity,
+};
 pub use rdp::{ORDERS, RdpCurve};
 pub use skellam::Skellam;
 

@@ -46,6 +46,13 @@ pub struct ClippedDelta {
 }
 
 impl ClippedDelta {
+    /// Clips; an update that holds NaN or infinity becomes zero, so that a device takes part whatever its values.
+    pub fn clip_or_zero(delta: Vec<f32>, clipping_norm: ClippingNorm) -> Self {
+        let len = delta.len();
+        let zero = |_| Self { values: vec![0.0; len], norm_before: 0.0, clipping_norm };
+        clip(delta, clipping_norm).unwrap_or_else(zero)
+    }
+
     /// The values.
     pub fn values(&self) -> &[f32] {
         &self.values

@@ -28,6 +28,7 @@ use crate::{
     time::UnixMillis,
     wire::{self, TaskResult},
 };
+use fleetune_privacy::{Ledger, NoiseOrigin, Scope};
 use fleetune_secagg::{DevicePolicy, Identity, Registrars};
 use kept::RevealedRounds;
 use rand::{RngExt, SeedableRng};
@@ -55,6 +56,8 @@ pub struct DeviceSetup {
     pub identity: Option<Arc<Identity>>,
     /// Who certifies its peers.
     pub registrars: Registrars,
+    /// Where the noise of differential privacy comes from.
+    pub noise: NoiseOrigin,
 }
 
 /// What happened, for logs and progress. Holds nothing derived from private data.
@@ -119,6 +122,7 @@ pub struct Device {
     return_at: UnixMillis,
     release: Option<ReleaseManifest>,
     revealed: RevealedRounds,
+    ledger: Ledger,
     /// Step of secure aggregation that is on disk; 0 for no session.
     saved_step: u32,
     saving: bool,
@@ -142,6 +146,7 @@ impl Device {
             return_at: now,
             release: None,
             revealed: RevealedRounds::default(),
+            ledger: Ledger::default(),
             saved_step: 0,
             saving: false,
             events: Vec::new(),
@@ -160,9 +165,9 @@ impl Device {
         now: UnixMillis,
     ) -> Result<Self, DamagedRecord> {
         let mut device = Self::new(setup, seed, now);
-        let (revealed, session) = record.read()?;
-        device.revealed = revealed;
-        if let Some(session) = session {
+        let kept = record.read()?;
+        (device.revealed, device.ledger) = (kept.revealed, kept.ledger);
+        if let Some(session) = kept.session {
             device.saved_step = session.secure_step();
             device.state = State::InSession(session);
         }
@@ -174,9 +179,10 @@ impl Device {
         if self.in_flight || now < self.not_before {
             return None;
         }
+        self.ledger.observe_clock(now.0);
         self.leave_late_session(now);
         // Before a rest: the secrets of a session that is over do not stay on disk until the next.
-        if let Some(record) = self.unsaved_record() {
+        if let Some(record) = self.unsaved_record(now) {
             (self.in_flight, self.saving) = (true, true);
             return Some(Action::Keep(record));
         }
@@ -184,7 +190,7 @@ impl Device {
             if now < until {
                 return None;
             }
-            self.wake();
+            self.wake(now);
         }
         self.in_flight = true;
         Some(self.current_action())
@@ -213,6 +219,11 @@ impl Device {
         std::mem::take(&mut self.events)
     }
 
+    /// What it has given away so far.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// True between check-ins, with nothing under way.
     pub fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle(_))
@@ -238,12 +249,12 @@ impl Device {
     }
 
     /// Answers [`Action::Choose`]: the tasks the app takes part in now, none of them included.
-    pub fn handle_choice(&mut self, tasks: Vec<Name>, _now: UnixMillis) {
+    pub fn handle_choice(&mut self, tasks: Vec<Name>, now: UnixMillis) {
         self.in_flight = false;
         let State::Choosing(policy) = &self.state else { return };
         let offered = |task: &Name| policy.tasks.iter().any(|offer| offer.task == *task);
         self.chosen = Some(tasks.into_iter().filter(offered).collect());
-        self.state = State::CheckingIn(self.check_in());
+        self.state = State::CheckingIn(self.check_in(now));
     }
 
     /// Answers [`Action::Call`] with the coordinator's answer.
@@ -343,8 +354,13 @@ impl Device {
     }
 
     /// Write-ahead: a message of secure aggregation leaves only once it is on disk, and a session that is
-    /// over is taken off it.
-    fn unsaved_record(&mut self) -> Option<DeviceRecord> {
+    /// over is taken off it. What the masked vector gives away is charged in the same write.
+    fn unsaved_record(&mut self, now: UnixMillis) -> Option<DeviceRecord> {
+        if self.secure_step() != self.saved_step
+            && let Err(refusal) = self.charge(now)
+        {
+            self.withdraw(TaskResult::PlanRejected, &refusal, now);
+        }
         let session = if let State::InSession(session) = &self.state { Some(&**session) } else { None };
         if self.secure_step() == self.saved_step {
             return None;
@@ -352,7 +368,15 @@ impl Device {
         if let Some((plan, round)) = session.and_then(Session::revealing) {
             self.revealed.insert(plan, round);
         }
-        Some(DeviceRecord::write(&self.revealed, session))
+        Some(DeviceRecord::write(&self.revealed, session, &self.ledger))
+    }
+
+    /// Charges the contribution that is about to leave. It was found affordable when the session began, so
+    /// this fails only if the clock or another task has come between.
+    fn charge(&mut self, now: UnixMillis) -> Result<(), String> {
+        let State::InSession(session) = &self.state else { return Ok(()) };
+        let Some(charge) = session.due_charge(&self.setup.floors.privacy) else { return Ok(()) };
+        self.ledger.charge(&charge, &self.setup.floors.privacy, now.0).map_err(|error| error.to_string())
     }
 
     fn current_action(&self) -> Action {
@@ -376,7 +400,7 @@ impl Device {
         }
     }
 
-    fn wake(&mut self) {
+    fn wake(&mut self, now: UnixMillis) {
         self.policies_in_a_row = 0;
         self.state = match (self.release.take(), &self.policy) {
             (Some(manifest), _) => {
@@ -384,13 +408,18 @@ impl Device {
                 State::Fetching(Box::new(InstallOrder { manifest }), digest)
             }
             (None, Some((_, policy))) if self.chosen.is_none() => State::Choosing(policy.clone()),
-            (None, _) => State::CheckingIn(self.check_in()),
+            (None, _) => State::CheckingIn(self.check_in(now)),
         };
     }
 
-    fn check_in(&mut self) -> wire::CheckInRequest {
+    fn check_in(&mut self, now: UnixMillis) -> wire::CheckInRequest {
         let nonce: [u8; 16] = self.rng.random();
-        let tasks = self.chosen.as_deref().unwrap_or_default();
+        // A place in a round that the ledger would then refuse helps nobody.
+        let population = self.setup.population.as_str();
+        let open = |task: &Name| !self.ledger.is_closed(Scope::of_task(population, task.as_str()), now.0);
+        let mut tasks = self.chosen.take().unwrap_or_default();
+        tasks.retain(open);
+        self.chosen = Some(tasks.clone());
         wire::CheckInRequest {
             population: self.setup.population.as_str().into(),
             nonce: nonce.to_vec(),

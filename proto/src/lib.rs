@@ -28,7 +28,9 @@ pub use error::WireError;
 pub use limits::*;
 pub use manifest::ReleaseManifest;
 pub use name::Name;
-pub use plan::{AdapterPlan, AggregationPlan, Optimizer, SecurePlan, TaskPlan, TrainingPlan};
+pub use plan::{
+    AdapterPlan, AggregationPlan, Optimizer, SecurePlan, TaskPlan, TrainingPlan, rotation_context,
+};
 pub use policy::{PopulationPolicy, TaskOffer};
 pub use rpc::{CallFailure, FailureKind, Reaction};
 pub use session::SessionToken;

@@ -30,8 +30,10 @@ pub struct ReleaseManifest {
     pub created: UnixMillis,
     /// Not to be installed after this time.
     pub expires: UnixMillis,
-    /// What can be said of the privacy of those who trained it.
+    /// What can be said of the privacy of those who trained it, in words.
     pub privacy_statement: String,
+    /// The same for machines, as JSON; empty in releases of earlier versions.
+    pub privacy_statement_json: String,
 }
 
 impl ReleaseManifest {
@@ -48,6 +50,7 @@ impl ReleaseManifest {
             created: UnixMillis(wire.created_unix_ms),
             expires: UnixMillis(wire.expires_unix_ms),
             privacy_statement: wire.privacy_statement,
+            privacy_statement_json: wire.privacy_statement_json,
         })
     }
 
@@ -63,6 +66,7 @@ impl ReleaseManifest {
             created_unix_ms: self.created.0,
             expires_unix_ms: self.expires.0,
             privacy_statement: self.privacy_statement.clone(),
+            privacy_statement_json: self.privacy_statement_json.clone(),
         }
         .encode_to_vec()
     }
@@ -84,6 +88,7 @@ mod tests {
             created: UnixMillis(1),
             expires: UnixMillis(2),
             privacy_statement: "none".into(),
+            privacy_statement_json: "{}".into(),
         };
         assert_eq!(ReleaseManifest::parse(&manifest.to_bytes()).unwrap(), manifest);
         manifest.version = 0;

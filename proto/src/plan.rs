@@ -1,5 +1,7 @@
 //! A task's plan as typed values: everything a device does for a task, checked once.
 
+mod privacy;
+
 use crate::{
     digest::{Digest, parse_sha256},
     error::{self, WireError, required, within},
@@ -8,7 +10,7 @@ use crate::{
     time::UnixMillis,
     wire::{self, AggregationProtocol},
 };
-use fleetune_privacy::{ClippingNorm, FixedPoint};
+use fleetune_privacy::{ClippingNorm, FixedPoint, PrivacyParameters, PrivacyPlan};
 use fleetune_secagg::{Assumptions, MEMBERS_MAX, MaskSuite, RingBits};
 use prost::Message;
 
@@ -109,6 +111,8 @@ pub struct AggregationPlan {
     pub summands_min: u32,
     /// Of the `SecaggPlus` protocol; absent under `InsecurePlaintext`.
     pub secure: Option<SecurePlan>,
+    /// Differential privacy; only under the `SecaggPlus` protocol.
+    pub privacy: Option<PrivacyParameters>,
 }
 
 /// What degree, threshold and masks of secure aggregation follow from.
@@ -144,13 +148,32 @@ impl AggregationPlan {
     }
 }
 
+/// Names the public rotation of a round's updates.
+#[must_use]
+pub fn rotation_context(plan_sha256: &[u8; 32], round: u32) -> Vec<u8> {
+    [plan_sha256.as_slice(), &round.to_le_bytes()].concat()
+}
+
 const TARGETS: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
 
 impl TaskPlan {
+    /// Differential privacy and all that follows from it; none without it.
+    #[must_use]
+    pub fn privacy_plan(&self) -> Option<PrivacyPlan> {
+        let parameters = self.aggregation.privacy?;
+        Some(PrivacyPlan::new(parameters, self.adapter.dimension).expect("checked when the plan was parsed"))
+    }
+
+    /// Values of a contribution: the adapter's, or those of its rotated and padded form.
+    #[must_use]
+    pub fn vector_len(&self) -> usize {
+        self.privacy_plan().map_or(self.adapter.dimension, |plan| plan.vector_len())
+    }
+
     /// Parses bytes whose signature has been verified.
     pub fn parse(bytes: &[u8]) -> Result<Self, WireError> {
         let wire: wire::TaskPlan = error::decode("TaskPlan", bytes)?;
-        Ok(Self {
+        let plan = Self {
             population: Name::parse("plan.population", &wire.population)?,
             task: Name::parse("plan.task", &wire.task)?,
             base_model: Digest::parse("plan.base_model", wire.base_model)?,
@@ -159,7 +182,9 @@ impl TaskPlan {
             aggregation: parse_aggregation(&required("plan.aggregation", wire.aggregation)?)?,
             rounds: within("plan.rounds", wire.rounds, 1..=ROUNDS_MAX)?,
             expires: UnixMillis(wire.expires_unix_ms),
-        })
+        };
+        privacy::check(&plan)?;
+        Ok(plan)
     }
 
     /// The bytes to sign.
@@ -223,6 +248,7 @@ impl AggregationPlan {
             summands_max: self.summands_max,
             summands_min: self.summands_min,
             secure: self.secure.map(SecurePlan::to_wire),
+            privacy: self.privacy.map(|privacy| privacy::to_wire(&privacy)),
         }
     }
 }
@@ -315,7 +341,11 @@ fn parse_aggregation(wire: &wire::AggregationPlan) -> Result<AggregationPlan, Wi
             }
             AggregationProtocol::InsecurePlaintext | AggregationProtocol::Unspecified => None,
         },
+        privacy: wire.privacy.map(|privacy| privacy::parse(&privacy, wire.summands_min)).transpose()?,
     };
+    if plan.privacy.is_some() {
+        return Ok(plan);
+    }
     FixedPoint::new(plan.clipping_norm, plan.ring_bits.bits(), summands_max)
         .map_err(|e| invalid("plan.aggregation.ring_bits", &e))?;
     Ok(plan)
@@ -391,6 +421,7 @@ pub(crate) mod tests {
                 summands_max: 16,
                 summands_min: 2,
                 secure: None,
+                privacy: None,
             },
             rounds: 3,
             expires: UnixMillis(1_000_000),
@@ -407,9 +438,60 @@ pub(crate) mod tests {
         plan
     }
 
+    /// The same plan with differential privacy and adaptive clipping.
+    pub(crate) fn private_plan() -> TaskPlan {
+        use fleetune_privacy::{ClipAdaptation, Delta, GridVariance, Mechanism};
+        let norm = |value| ClippingNorm::new(value).unwrap();
+        let variance = |value| GridVariance::at_least(value).unwrap();
+        let mut plan = secure_plan();
+        plan.aggregation.summands_min = 14;
+        plan.aggregation.privacy = Some(PrivacyParameters {
+            mechanism: Mechanism::Skellam,
+            clip_units: 64,
+            variance: variance(4000.0),
+            honest_survivors_min: 4,
+            colluders_max: 10,
+            participations_max: 3,
+            separation_ms: 1000,
+            separation_rounds: 0,
+            delta: Delta::new(1e-6).unwrap(),
+            adaptation: Some(
+                ClipAdaptation::new(0.5, 0.2, (norm(0.1), norm(10.0)), variance(40_000.0)).unwrap(),
+            ),
+            noise_cohort: None,
+        });
+        plan
+    }
+
+    #[test]
+    fn a_private_plan_is_refused_where_it_would_not_protect() {
+        let check = |spoil: &dyn Fn(&mut wire::TaskPlan), expected: &str| {
+            let mut wire: wire::TaskPlan = Message::decode(&*private_plan().to_bytes()).unwrap();
+            spoil(&mut wire);
+            let error = TaskPlan::parse(&wire.encode_to_vec()).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        };
+        let of = |plan: &mut wire::TaskPlan, spoil: &dyn Fn(&mut wire::PrivacyPlan)| {
+            spoil(plan.aggregation.as_mut().unwrap().privacy.as_mut().unwrap());
+        };
+        check(&|p| of(p, &|p| p.mechanism = 0), "plan.aggregation.privacy.mechanism: unknown mechanism 0");
+        check(&|p| of(p, &|p| p.variance_steps = 0), "plan.aggregation.privacy.variance_steps");
+        check(&|p| of(p, &|p| p.delta = 1.0), "plan.aggregation.privacy.delta");
+        check(&|p| of(p, &|p| p.participations_max = 0), "plan.aggregation.privacy: participations");
+        check(&|p| of(p, &|p| p.clip_units = 0), "plan.aggregation.privacy: clipping norm");
+        // Ten in a hundred may collude; whoever counts on the noise of nine of them counts on nobody's.
+        check(&|p| of(p, &|p| p.colluders_max = 9), "plan.aggregation.privacy.colluders_max: 9");
+        check(&|p| of(p, &|p| p.colluders_max = 14), "plan.aggregation.privacy.colluders_max: 14");
+        check(&|p| p.aggregation.as_mut().unwrap().ring_bits = 9, "plan.aggregation.ring_bits: 9");
+        let plain = i32::from(AggregationProtocol::InsecurePlaintext);
+        check(&|p| p.aggregation.as_mut().unwrap().protocol = plain, "plan.aggregation.privacy: needs");
+        let adapt = |p: &mut wire::PrivacyPlan| p.adaptation.as_mut().unwrap().norm_max = 0.01;
+        check(&|p| of(p, &adapt), "plan.aggregation.privacy.adaptation");
+    }
+
     #[test]
     fn parse_inverts_to_bytes() {
-        for plan in [plan(), secure_plan()] {
+        for plan in [plan(), secure_plan(), private_plan()] {
             assert_eq!(TaskPlan::parse(&plan.to_bytes()).unwrap(), plan);
         }
     }

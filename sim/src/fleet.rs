@@ -10,8 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use ed25519_dalek::SigningKey;
 use fleetune_client::training::{LocalTrainer, LocalUpdate};
 use fleetune_coordinator::{
-    Commit, Core, CoreSetup, PacePolicy, RoundOutcome as Ending, RoundRecord, TaskSpec,
+    Commit, Core, CoreSetup, PacePolicy, RoundOutcome as Ending, RoundRecord, SumCharge, TaskSpec,
 };
+use fleetune_privacy::{Delta, NoiseOrigin, PrivacyPolicy};
 use fleetune_proto::{
     Digest, Name, ReleaseManifest, TrustRoot, UnixMillis,
     device::{Action, Device, DeviceFloors, DeviceRecord, DeviceSetup, Event, Request, TrainOrder},
@@ -62,6 +63,10 @@ pub struct FleetOutcome {
     pub trust_key: [u8; 32],
     /// Devices that fetched it and run it.
     pub devices_active: u32,
+    /// What each sum that was opened gave away; empty without differential privacy.
+    pub charges: Vec<SumCharge>,
+    /// Most contributions that any device's own ledger holds.
+    pub participations_most: u32,
 }
 
 /// 32 bytes that follow from the run's seed and a purpose.
@@ -118,6 +123,8 @@ pub struct Fleet<'a> {
     contributions: Vec<(f32, u64)>,
     failed_attempts: u32,
     release: Option<(ReleaseManifest, Vec<u8>)>,
+    /// The coordinator's privacy ledger.
+    charges: Vec<SumCharge>,
 }
 
 impl<'a> Fleet<'a> {
@@ -160,6 +167,7 @@ impl<'a> Fleet<'a> {
             contributions: Vec::new(),
             failed_attempts: 0,
             release: None,
+            charges: Vec::new(),
         };
         for user in 0..experiment.users.len() {
             fleet.add_device(user)?;
@@ -180,11 +188,21 @@ impl<'a> Fleet<'a> {
             }
         }
         let devices_active = self.devices_active();
+        let participations_most = self.participations_most();
         let (manifest, envelope) = self.release.context("the task ended without a release")?;
         let adapter_gguf =
             self.blobs.get(&manifest.adapter.sha256).context("the release's adapter is missing")?;
         let adapter_gguf = Arc::clone(adapter_gguf);
-        Ok(FleetOutcome { manifest, adapter_gguf, envelope, trust_key: self.trust_key, devices_active })
+        let (trust_key, charges) = (self.trust_key, self.charges);
+        Ok(FleetOutcome {
+            manifest,
+            adapter_gguf,
+            envelope,
+            trust_key,
+            devices_active,
+            charges,
+            participations_most,
+        })
     }
 
     fn add_device(&mut self, user: usize) -> Result<()> {
@@ -231,11 +249,20 @@ impl<'a> Fleet<'a> {
                 base_model_bytes_max: u64::MAX,
                 steps_max: u32::MAX,
                 secure: Floors { cohort_min: 2, survivors_min: 2, ..Floors::default() },
+                privacy: PrivacyPolicy {
+                    delta: Delta::new(0.5).context("a probability")?,
+                    epsilon_task_max: f64::INFINITY,
+                    epsilon_purpose_max: [f64::INFINITY; 3],
+                    epsilon_max: f64::INFINITY,
+                    insecure_noise_cohort: true,
+                    ..PrivacyPolicy::default()
+                },
             },
             release_version,
             release_version_max: release_version,
             identity: Some(Arc::new(self.identity(user)?)),
             registrars: Registrars::Keys(vec![self.registrar.verifying_key()]),
+            noise: NoiseOrigin::simulated(derive_seed(self.seed, "noise", (user as u64) << 32 | incarnation)),
         };
         let seed = derive_seed(self.seed, "machine", (user as u64) << 32 | incarnation);
         match record {
@@ -405,6 +432,7 @@ impl<'a> Fleet<'a> {
     /// Opens sums, and takes what the coordinator wants durable; memory is as durable as a simulation gets.
     fn commit(&mut self, on_round: &mut dyn FnMut(FinishedRound)) -> Result<()> {
         while let Some(work) = self.core.poll_opening() {
+            self.charges.extend(work.charge().cloned());
             self.core.handle_opened(work.run(self.pool.threads()), self.now);
         }
         while let Some(commit) = self.core.poll_commit() {
@@ -466,6 +494,11 @@ impl<'a> Fleet<'a> {
         u32::try_from(active).unwrap_or(u32::MAX)
     }
 
+    fn participations_most(&self) -> u32 {
+        let lines = self.devices.iter().flat_map(|device| device.machine.ledger().lines());
+        lines.map(|line| line.participations).max().unwrap_or(0)
+    }
+
     fn transfer_ms(&self, bytes: u64) -> u64 {
         bytes * 1000 / (self.scenario.devices.bandwidth_kib_s * 1024)
     }
@@ -493,6 +526,7 @@ pub fn task(scenario: &Scenario, seed: u64) -> Result<TaskSpec> {
         server_optimizer: scenario.server_optimizer()?,
         expires: EPOCH.plus(VIRTUAL_MS_MAX),
         release_valid_ms: VIRTUAL_MS_MAX,
+        privacy: scenario.privacy_spec()?,
     })
 }
 

@@ -2,13 +2,16 @@
 //! (`report/html.rs`), and printed as a short table.
 
 pub(crate) mod html;
+mod privacy;
 #[cfg(test)]
 mod sample;
 mod secure;
 pub(crate) mod table;
 mod words;
 
-use fleetune_coordinator::CohortRecord;
+pub use privacy::PrivacyReport;
+
+use fleetune_coordinator::{CohortRecord, PrivacyRecord};
 use serde::{Deserialize, Serialize};
 
 /// Everything a run found out. `report.json` is this value.
@@ -101,6 +104,8 @@ pub struct RoundReport {
     pub dropped: u32,
     /// Cohorts of secure aggregation; empty under the plaintext protocol.
     pub cohorts: Vec<CohortRecord>,
+    /// Clipping and noise of the round; null without differential privacy.
+    pub privacy: Option<PrivacyRecord>,
     /// Mean training NLL of the contributors, nats a token.
     pub train_nll: f64,
     /// NLL on seen users' test text; null where this round was not evaluated.

@@ -11,11 +11,11 @@ use crate::{
     pool::{Pending, Pool},
     report::{
         CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
-        ReleaseReport, Report, RoundReport, Sample, Scores, SecureReport, html, table,
+        PrivacyReport, ReleaseReport, Report, RoundReport, Sample, Scores, SecureReport, html, table,
     },
     scenario::Scenario,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use fleetune_model::{
     adapter::Adapter,
     adapter_formats::from_gguf_lora,
@@ -55,6 +55,19 @@ pub struct RunArgs {
     /// Contributions a round, instead of the scenario's.
     #[arg(long)]
     pub cohort: Option<u32>,
+    /// Differential privacy: lays the reference's private setting over the scenario (FFA-LoRA, epsilon 2 with the
+    /// noise of a cohort of 1,000 out of 1,000,000).
+    #[arg(long)]
+    pub privacy: bool,
+    /// Epsilon of a private run.
+    #[arg(long, value_name = "E")]
+    pub epsilon: Option<f64>,
+    /// Noise as in a deployment with that many devices a round; 0 for the noise of this fleet.
+    #[arg(long, value_name = "N")]
+    pub noise_cohort: Option<u32>,
+    /// Devices of that deployment.
+    #[arg(long, value_name = "N")]
+    pub noise_population: Option<u64>,
     /// Worker threads; all cores if not given.
     #[arg(long)]
     pub threads: Option<usize>,
@@ -95,6 +108,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let adapter = Adapter::new(Arc::clone(&experiment.layout), trained.adapter)?;
     let scores = trained.scores;
     let is_secure = scenario.aggregation_plan()?.secure.is_some();
+    let privacy = PrivacyReport::of(&scenario, &outcome, experiment.layout.len())?;
     let secure_aggregation = is_secure.then(|| SecureReport::of(&trained.rounds));
     let report = Report {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -126,8 +140,12 @@ pub fn run(args: &RunArgs) -> Result<Report> {
         threads,
         aggregation: if is_secure { "secagg+".into() } else { "insecure_plaintext".into() },
         secure_aggregation,
-        privacy: None,
-        privacy_in_words: if is_secure { SECURE.into() } else { PLAINTEXT.into() },
+        privacy: privacy.as_ref().map(serde_json::to_value).transpose()?,
+        privacy_in_words: match &privacy {
+            Some(privacy) => privacy.in_words(),
+            None if is_secure => SECURE.into(),
+            None => PLAINTEXT.into(),
+        },
     };
     write_out(&args.out, &report, &adapter, &outcome)?;
     print!("{}", table::table(&report));
@@ -141,6 +159,15 @@ fn scenario(args: &RunArgs) -> Result<Scenario> {
         (None, Some(_)) => Scenario::smollm2()?,
         (None, None) => Scenario::default_fleet()?,
     };
+    if args.privacy {
+        scenario = scenario.made_private()?;
+    }
+    let privacy = &mut scenario.privacy;
+    let asked = args.epsilon.is_some() || args.noise_cohort.is_some() || args.noise_population.is_some();
+    ensure!(!asked || privacy.enabled, "--epsilon and --noise-... need --privacy, or a private scenario");
+    privacy.epsilon = args.epsilon.unwrap_or(privacy.epsilon);
+    privacy.noise_cohort = args.noise_cohort.unwrap_or(privacy.noise_cohort);
+    privacy.noise_population = args.noise_population.unwrap_or(privacy.noise_population);
     scenario.rounds = args.rounds.unwrap_or(scenario.rounds);
     if let Some(cohort) = args.cohort {
         scenario.fleet.cohort = cohort;
@@ -164,8 +191,17 @@ fn introduce(scenario: &Scenario, experiment: &Experiment) {
     if experiment.reference_blocks {
         eprintln!("evaluated on the fixed blocks of the reference figures");
     }
+    let p = &scenario.privacy;
+    let privacy = match (p.enabled, p.noise_cohort) {
+        (false, _) => "no noise: this run is NOT private".to_owned(),
+        (true, 0) => format!("epsilon {} at delta {:e} of each device", p.epsilon, p.delta),
+        (true, cohort) => format!(
+            "the noise of a cohort of {cohort} out of {} at epsilon {}: a SIMULATION that protects nobody",
+            p.noise_population, p.epsilon
+        ),
+    };
     eprintln!(
-        "{} rounds of {} contributions; aggregation {} and no noise: this run is NOT private",
+        "{} rounds of {} contributions; aggregation {} and {privacy}",
         scenario.rounds, scenario.fleet.cohort, scenario.aggregation.protocol
     );
 }
@@ -217,6 +253,7 @@ impl<'a> RoundLog<'a> {
             completed: record.completed,
             dropped: record.selected - record.completed,
             cohorts: record.aggregation.cohorts.clone(),
+            privacy: record.aggregation.privacy,
             train_nll: outcome.train_nll,
             eval_nll: None,
             heldout_nll: None,

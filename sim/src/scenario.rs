@@ -2,10 +2,10 @@
 //! out has the value of `scenarios/default.toml`, which shows every setting.
 
 use anyhow::{Context, Result, ensure};
-use fleetune_coordinator::ServerOptimizer;
+use fleetune_coordinator::{NoiseSpec, PrivacySpec, ServerOptimizer};
 use fleetune_model::adapter::LoraConfig;
 use fleetune_model::config::Projection;
-use fleetune_privacy::ClippingNorm;
+use fleetune_privacy::{AdaptationTarget, ClippingNorm, Delta, Mechanism, NoiseCohort, SubsampledGaussian};
 use fleetune_proto::{
     AggregationPlan, AggregationProtocol, Optimizer, SecurePlan, TrainingPlan, round::RoundPolicy,
 };
@@ -15,6 +15,7 @@ use std::path::Path;
 
 const DEFAULT: &str = include_str!("../scenarios/default.toml");
 const SMOLLM2: &str = include_str!("../scenarios/smollm2.toml");
+const PRIVATE: &str = include_str!("../scenarios/private.toml");
 
 /// A scenario with every value filled in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +35,8 @@ pub struct Scenario {
     pub aggregation: Aggregation,
     /// From a sum to the next adapter.
     pub server: Server,
+    /// Differential privacy.
+    pub privacy: Privacy,
     /// What is measured.
     pub evaluation: Evaluation,
     /// Central training to compare with.
@@ -164,6 +167,42 @@ pub struct Server {
     pub tau: f64,
 }
 
+/// Differential privacy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Privacy {
+    /// On or off.
+    pub enabled: bool,
+    /// "skellam" or "discrete_gaussian".
+    pub mechanism: String,
+    /// Epsilon of a device: over its participations, or with a noise cohort over the rounds.
+    pub epsilon: f64,
+    /// At this delta.
+    pub delta: f64,
+    /// Most contributions of a device; not with a noise cohort.
+    pub participations_max: u32,
+    /// Least rounds between two.
+    pub separation_rounds: u32,
+    /// Devices a round of the deployment whose noise is imagined; 0 for the noise of this fleet.
+    pub noise_cohort: u32,
+    /// Devices of that deployment.
+    pub noise_population: u64,
+    /// Least share of its cohort that is honest and survives: each device's noise is that much larger.
+    pub noise_honest_share: f64,
+    /// Clipping norm in units of the integer grid; 0 for a chosen one.
+    pub clip_units: u32,
+    /// The clipping norm follows a quantile of the updates' norms.
+    pub adaptive_clipping: bool,
+    /// That quantile.
+    pub clip_quantile: f64,
+    /// Size of its steps.
+    pub clip_learning_rate: f64,
+    /// Least clipping norm.
+    pub clipping_norm_min: f32,
+    /// Largest clipping norm.
+    pub clipping_norm_max: f32,
+}
+
 /// What is measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -196,6 +235,27 @@ pub struct LocalOnly {
     pub steps: u32,
 }
 
+/// A deployment that a private run imagines.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Imagined {
+    /// Its cohort and population.
+    pub cohort: NoiseCohort,
+    /// Chance of a device to be in a round, each drawn for itself.
+    pub sampling_probability: f64,
+    /// Noise of a sum over the sensitivity, with the fewest honest survivors.
+    pub noise_multiplier: f64,
+    /// Delta of the guarantee.
+    pub delta: Delta,
+}
+
+impl Imagined {
+    /// Epsilon of the deployment after that many rounds: Renyi accounting of the Poisson-subsampled Gaussian.
+    pub fn epsilon_after(&self, rounds: u32) -> Result<f64> {
+        let gaussian = SubsampledGaussian::new(self.noise_multiplier, self.sampling_probability)?;
+        Ok(gaussian.epsilon_rdp(rounds, self.delta).0)
+    }
+}
+
 impl Scenario {
     /// The default fleet on the embedded base.
     pub fn default_fleet() -> Result<Self> {
@@ -205,6 +265,15 @@ impl Scenario {
     /// The reference settings for SmolLM2.
     pub fn smollm2() -> Result<Self> {
         Self::from_toml("scenarios/smollm2.toml", SMOLLM2)
+    }
+
+    /// The same with differential privacy: the reference's private setting laid over it.
+    pub fn made_private(&self) -> Result<Self> {
+        let mut table = toml::Table::try_from(self).context("the scenario as TOML")?;
+        merge(&mut table, toml::from_str(PRIVATE).context("scenarios/private.toml")?);
+        let scenario: Self = table.try_into().context("scenarios/private.toml")?;
+        scenario.check().context("scenarios/private.toml")?;
+        Ok(scenario)
     }
 
     /// Reads a scenario file.
@@ -248,6 +317,7 @@ impl Scenario {
         self.lora(0)?;
         self.training_plan()?;
         self.aggregation_plan()?;
+        self.privacy_spec()?;
         self.server_optimizer().map(|_| ())
     }
 
@@ -299,7 +369,67 @@ impl Scenario {
             ring_bits: RingBits::new(a.ring_bits).context("aggregation.ring_bits")?,
             summands_max: self.fleet.cohort,
             summands_min: self.fleet.reports_min,
+            privacy: None,
         })
+    }
+
+    /// Differential privacy as the coordinator takes it; none when it is off.
+    pub fn privacy_spec(&self) -> Result<Option<PrivacySpec>> {
+        let p = &self.privacy;
+        if !p.enabled {
+            return Ok(None);
+        }
+        let mechanism = match p.mechanism.as_str() {
+            "skellam" => Mechanism::Skellam,
+            "discrete_gaussian" => Mechanism::DiscreteGaussian,
+            other => anyhow::bail!("privacy.mechanism: {other:?}; skellam or discrete_gaussian"),
+        };
+        let norm = |name, value| ClippingNorm::new(value).context(name);
+        let least = norm("privacy.clipping_norm_min", p.clipping_norm_min)?;
+        let norms = (least, norm("privacy.clipping_norm_max", p.clipping_norm_max)?);
+        let adaptation = p.adaptive_clipping.then_some(AdaptationTarget {
+            quantile: p.clip_quantile,
+            learning_rate: p.clip_learning_rate,
+            norms,
+        });
+        let noise = match self.imagined()? {
+            Some(imagined) => NoiseSpec::InsecureNoiseCohort {
+                imagined: imagined.cohort,
+                noise_multiplier: imagined.noise_multiplier / p.noise_honest_share.sqrt(),
+                summands: self.fleet.cohort,
+            },
+            None => NoiseSpec::Epsilon(p.epsilon),
+        };
+        Ok(Some(PrivacySpec {
+            mechanism,
+            noise,
+            delta: Delta::new(p.delta).context("privacy.delta")?,
+            // With a noise cohort nobody is protected, so nobody counts.
+            participations_max: if p.noise_cohort > 0 { self.rounds } else { p.participations_max },
+            separation_ms: 0,
+            separation_rounds: p.separation_rounds,
+            clip_units: (p.clip_units > 0).then_some(p.clip_units),
+            adaptation,
+            narrowest_ring: true,
+        }))
+    }
+
+    /// The deployment whose noise a private run imagines; none if it adds the noise of its own fleet.
+    pub fn imagined(&self) -> Result<Option<Imagined>> {
+        let p = &self.privacy;
+        if !p.enabled || p.noise_cohort == 0 {
+            return Ok(None);
+        }
+        let fits = u64::from(p.noise_cohort) <= p.noise_population && p.noise_population < 1 << 40;
+        ensure!(fits, "privacy.noise_population: at least privacy.noise_cohort");
+        let share = p.noise_honest_share;
+        ensure!(share > 0.0 && share <= 1.0, "privacy.noise_honest_share: above 0, at most 1");
+        let cohort = NoiseCohort { cohort: p.noise_cohort, population: p.noise_population };
+        let sampling_probability = f64::from(p.noise_cohort) / p.noise_population as f64;
+        let delta = Delta::new(p.delta).context("privacy.delta")?;
+        let noise_multiplier = noise_multiplier(p.epsilon, delta, self.rounds, sampling_probability)
+            .context("privacy.epsilon")?;
+        Ok(Some(Imagined { cohort, sampling_probability, noise_multiplier, delta }))
     }
 
     fn secure_plan(&self) -> Result<SecurePlan> {
@@ -311,7 +441,9 @@ impl Scenario {
         };
         let assumptions = Assumptions::new(a.corrupted_permille, a.dropout_permille, a.sigma, a.eta)
             .context("aggregation")?;
-        Ok(SecurePlan { mask_suite, cohort_max: a.cohort_max, assumptions })
+        // No cohort is larger than the round; under privacy the colluders assumed are a share of this.
+        let cohort_max = a.cohort_max.min(self.round_policy().selected_max.max(2));
+        Ok(SecurePlan { mask_suite, cohort_max, assumptions })
     }
 
     /// How rounds select and wait.
@@ -343,6 +475,15 @@ impl Scenario {
             other => anyhow::bail!("server.optimizer: {other:?}; fedavg, fedavgm or fedadam"),
         }
     }
+}
+
+fn noise_multiplier(epsilon: f64, delta: Delta, steps: u32, q: f64) -> Result<f64> {
+    let (mut low, mut high) = (0.06, 1e4);
+    for _ in 0..60 {
+        let z = 0.5 * (low + high);
+        if SubsampledGaussian::new(z, q)?.epsilon_rdp(steps, delta).0 > epsilon { low = z } else { high = z }
+    }
+    Ok(high)
 }
 
 /// Lays `own` over `table`, key by key.

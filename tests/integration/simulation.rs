@@ -38,6 +38,10 @@ fn run_with(folder: &Path, threads: usize, seed: u64) -> (Report, Value) {
         seed,
         rounds: None,
         cohort: None,
+        privacy: false,
+        epsilon: None,
+        noise_cohort: None,
+        noise_population: None,
         threads: Some(threads),
         out: out.clone(),
     };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fleetune_model::train::TrainerOptions;
+use fleetune_privacy::NoiseOrigin;
 use fleetune_proto::device::{Device, DeviceFloors, DeviceRecord, DeviceSetup};
 use fleetune_proto::{AggregationProtocol, Name, TrustRoot};
 use fleetune_secagg::{Certificate, Registrars};
@@ -144,6 +145,7 @@ impl ClientBuilder {
             release_version_max: versions.version_max,
             identity: identity.map(Arc::new),
             registrars: self.registrars,
+            noise: NoiseOrigin::operating_system(),
         };
         let seed = state::fresh_seed();
         let device = match files::read_if_there(&record_path, RECORD_BYTES_MAX)? {

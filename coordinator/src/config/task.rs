@@ -1,9 +1,9 @@
 //! One `[[task]]` table, checked once into the values that the core takes.
 
 use super::{ConfigError, parse_name, setting};
-use crate::{ServerOptimizer, TaskSpec};
+use crate::{NoiseSpec, PrivacySpec, ServerOptimizer, TaskSpec};
 use fleetune_model::{adapter::LoraConfig, config::Projection};
-use fleetune_privacy::ClippingNorm;
+use fleetune_privacy::{AdaptationTarget, ClippingNorm, Delta, Mechanism};
 use fleetune_proto::{
     AggregationPlan, AggregationProtocol, Name, Optimizer, SecurePlan, TrainingPlan, UnixMillis,
     round::RoundPolicy,
@@ -59,6 +59,7 @@ pub(super) struct Table {
     aggregation: Aggregation,
     round: Round,
     server_optimizer: Server,
+    privacy: Privacy,
 }
 
 #[derive(Deserialize)]
@@ -67,8 +68,41 @@ struct Adapter {
     rank: usize,
     alpha: f32,
     targets: Vec<String>,
-    freeze_a: bool,
+    freeze_a: FreezeA,
     init_seed: u64,
+}
+
+/// `true`, `false`, or the word `auto`.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum FreezeA {
+    Given(bool),
+    Auto(Auto),
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Auto {
+    Auto,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Privacy {
+    enabled: bool,
+    mechanism: String,
+    epsilon: f64,
+    delta: f64,
+    participations_max: u32,
+    separation_hours: f64,
+    separation_rounds: u32,
+    clip_units: u32,
+    narrowest_ring: bool,
+    adaptive_clipping: bool,
+    clip_quantile: f64,
+    clip_learning_rate: f64,
+    clipping_norm_min: f32,
+    clipping_norm_max: f32,
 }
 
 #[derive(Deserialize)]
@@ -136,7 +170,7 @@ impl Table {
             RoundPolicy { report_goal, selected_max, reports_min, selection_ms, report_ms, step_ms };
         let without_expiry = TaskSpec {
             name: name.clone(),
-            lora: self.adapter.check().map_err(wrong)?,
+            lora: self.adapter.check(self.privacy.enabled).map_err(wrong)?,
             training: self.training.check().map_err(wrong)?,
             aggregation: self.aggregation.check().map_err(wrong)?,
             rounds: self.rounds,
@@ -144,6 +178,7 @@ impl Table {
             server_optimizer: self.server_optimizer.check().map_err(wrong)?,
             expires: UnixMillis(0),
             release_valid_ms: u64::from(self.release_valid_days) * DAY_MS,
+            privacy: self.privacy.check().map_err(wrong)?,
         };
         Ok(TaskConfig {
             base_model: folder.join(self.base_model),
@@ -156,13 +191,18 @@ impl Table {
 type Wrong = (&'static str, String);
 
 impl Adapter {
-    fn check(self) -> Result<LoraConfig, Wrong> {
+    fn check(self, private: bool) -> Result<LoraConfig, Wrong> {
         let parse = |name: &String| {
             Projection::from_name(name)
                 .ok_or_else(|| ("adapter.targets", format!("{name:?} is no projection")))
         };
         let targets = self.targets.iter().map(parse).collect::<Result<_, _>>()?;
-        let Self { rank, alpha, freeze_a, init_seed, .. } = self;
+        let Self { rank, alpha, init_seed, .. } = self;
+        // Under privacy FFA-LoRA: the noise on A times the noise on B is no noise that averages out.
+        let freeze_a = match self.freeze_a {
+            FreezeA::Given(given) => given,
+            FreezeA::Auto(Auto::Auto) => private,
+        };
         Ok(LoraConfig { rank, alpha, targets, freeze_a, init_seed })
     }
 }
@@ -210,6 +250,7 @@ impl Aggregation {
             summands_max: self.summands_max,
             summands_min: self.summands_min,
             secure: (protocol == AggregationProtocol::SecaggPlus).then_some(secure),
+            privacy: None,
         })
     }
 
@@ -226,6 +267,50 @@ impl Aggregation {
             Assumptions::new(self.corrupted_permille, self.dropout_permille, self.sigma, self.eta)
                 .map_err(|error| ("aggregation", error.to_string()))?;
         Ok(SecurePlan { mask_suite, cohort_max: self.cohort_max, assumptions })
+    }
+}
+
+impl Privacy {
+    fn check(self) -> Result<Option<PrivacySpec>, Wrong> {
+        if !self.enabled {
+            return Ok(None);
+        }
+        let mechanism = match self.mechanism.as_str() {
+            "skellam" => Mechanism::Skellam,
+            "discrete_gaussian" => Mechanism::DiscreteGaussian,
+            other => {
+                let problem = format!("{other:?} is neither \"skellam\" nor \"discrete_gaussian\"");
+                return Err(("privacy.mechanism", problem));
+            }
+        };
+        let hours = self.separation_hours;
+        if !(0.0..=100_000.0).contains(&hours) {
+            return Err(("privacy.separation_hours", format!("{hours}: from 0 to 100000")));
+        }
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
+        let separation_ms = (hours * 3_600_000.0) as u64;
+        Ok(Some(PrivacySpec {
+            mechanism,
+            noise: NoiseSpec::Epsilon(self.epsilon),
+            delta: Delta::new(self.delta).map_err(|error| ("privacy.delta", error.to_string()))?,
+            participations_max: self.participations_max,
+            separation_ms,
+            separation_rounds: self.separation_rounds,
+            clip_units: (self.clip_units > 0).then_some(self.clip_units),
+            adaptation: self.adaptation()?,
+            narrowest_ring: self.narrowest_ring,
+        }))
+    }
+
+    fn adaptation(&self) -> Result<Option<AdaptationTarget>, Wrong> {
+        if !self.adaptive_clipping {
+            return Ok(None);
+        }
+        let norm = |name, value| ClippingNorm::new(value).map_err(|error| (name, error.to_string()));
+        let least = norm("privacy.clipping_norm_min", self.clipping_norm_min)?;
+        let largest = norm("privacy.clipping_norm_max", self.clipping_norm_max)?;
+        let (quantile, learning_rate) = (self.clip_quantile, self.clip_learning_rate);
+        Ok(Some(AdaptationTarget { quantile, learning_rate, norms: (least, largest) }))
     }
 }
 

@@ -70,6 +70,8 @@ impl Core {
         task.last_turn = self.turns;
         let (participant, opened) = task.join(&opener)?;
         let is_secure = task.plan.aggregation.secure.is_some();
+        let (norm, adapts) =
+            (task.clipping_norm(), task.plan.aggregation.privacy.is_some_and(|p| p.adaptation.is_some()));
         let key = self.sessions.open(&token, name.clone(), participant, is_secure);
         let (checkpoint, plan) = (task.checkpoint, task.plan_envelope.clone());
         let selection_ms = task.spec.round_policy.selection_ms;
@@ -77,6 +79,7 @@ impl Core {
         open.sessions.push(key);
         let (round, attempt) = (open.round.id().round, open.round.id().attempt);
         let deadline = open.round.session_deadline().unwrap_or(now);
+        let clipping_norm = if adapts { norm.value() } else { 0.0 };
         let aggregation_nonce = if is_secure { open.nonce.to_vec() } else { Vec::new() };
         let assignment = wire::TaskAssignment {
             task: name.as_str().into(),
@@ -87,6 +90,7 @@ impl Core {
             checkpoint: Some(checkpoint.to_wire()),
             deadline_ms: 0,
             aggregation_nonce,
+            clipping_norm,
         };
         // A device that came back while its round still selects would count twice in one sum.
         let retry_window = self.pace.soon(open.opened.plus(selection_ms).since(now));

@@ -20,6 +20,9 @@ pub struct TaskProgress {
     pub adapter: Vec<f32>,
     /// The server optimizer's state; empty before the first round and for FedAvg.
     pub optimizer_state: Vec<f32>,
+    /// The next round's clipping norm under adaptive clipping, once it has moved.
+    #[serde(default)]
+    pub clipping_norm: Option<f32>,
 }
 
 /// How an attempt at a round ended.
@@ -58,12 +61,26 @@ pub struct RoundRecord {
 }
 
 /// How an attempt added contributions up.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct AggregationRecord {
     /// `secagg+` or `insecure_plaintext`; empty in records of earlier versions.
     pub protocol: String,
     /// The cohorts of secure aggregation; none if it did not come to that.
     pub cohorts: Vec<CohortRecord>,
+    /// Differential privacy of the round's sums; absent without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub privacy: Option<PrivacyRecord>,
+}
+
+/// Differential privacy of one attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PrivacyRecord {
+    /// Clipping norm that the devices were given.
+    pub clipping_norm: f32,
+    /// Noised share of updates that were within it; only with adaptive clipping.
+    pub unclipped: Option<f64>,
+    /// Standard deviation of the noise on a coordinate of the mean, in the update's units.
+    pub noise_deviation: Option<f64>,
 }
 
 /// One cohort of secure aggregation.

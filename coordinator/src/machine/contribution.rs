@@ -68,6 +68,7 @@ mod tests {
             ring_bits: RingBits::new(ring_bits).unwrap(),
             summands_max: 16,
             summands_min: 2,
+            privacy: None,
             secure: None,
         }
     }

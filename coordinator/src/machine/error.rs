@@ -36,6 +36,14 @@ pub enum CoreError {
         /// The rule that is broken.
         problem: &'static str,
     },
+    /// The privacy asked for cannot be had.
+    #[error("task {task}: privacy: {problem}")]
+    Privacy {
+        /// The task.
+        task: Name,
+        /// What stands against it.
+        problem: String,
+    },
     /// No degree and threshold of secure aggregation fit a cohort's size.
     #[error("task {task}: secure aggregation: {source}")]
     Cohort {

@@ -4,8 +4,8 @@
 use super::{
     CoreSetup,
     commit::{
-        AggregationRecord, CohortRecord, Commit, CommitId, PublishedRelease, RoundOutcome, RoundRecord,
-        TaskProgress,
+        AggregationRecord, CohortRecord, Commit, CommitId, PrivacyRecord, PublishedRelease, RoundOutcome,
+        RoundRecord, TaskProgress,
     },
     contribution::l2_norm,
     task::{OpenRound, Task},
@@ -14,18 +14,14 @@ use fleetune_model::{
     adapter::Adapter, adapter_formats::to_gguf_lora, error::AdapterError, gguf::Metadata,
     weights::WeightFormat,
 };
+use fleetune_privacy::{PrivacyStatement, StatementParts};
 use fleetune_proto::{
-    Digest, Purpose, ReleaseManifest, UnixMillis,
+    Digest, Purpose, ReleaseManifest, UnixMillis, rotation_context,
     round::{CohortSummary, Phase},
     seal,
 };
 use fleetune_secagg::RunningSum;
 use std::sync::Arc;
-
-const PLAINTEXT_STATEMENT: &str =
-    "none: trained without differential privacy and without secure aggregation (insecure_plaintext)";
-const SECURE_STATEMENT: &str = "none of the released model: trained without differential privacy. Secure aggregation (secagg+) kept \
-     single updates from the coordinator, which learned their sums";
 
 /// What the core hands to the end of an attempt.
 pub(super) struct Ending<'a> {
@@ -40,6 +36,8 @@ struct Advance {
     adapter: Adapter,
     optimizer_state: Vec<f32>,
     update_norm: f64,
+    clipping_norm: Option<f32>,
+    privacy: Option<PrivacyRecord>,
 }
 
 impl Ending<'_> {
@@ -66,13 +64,15 @@ impl Ending<'_> {
             checkpoint,
             blobs: vec![(checkpoint, bytes)],
             progress: Arc::clone(&task.progress),
-            record: Some(self.record(open, RoundOutcome::Finished, Some(step.update_norm))),
+            record: Some(self.record(open, RoundOutcome::Finished, Some(step.update_norm), step.privacy)),
             release: None,
         };
         let round = task.progress.round + 1;
         self.release_if_last(task, round, &step.adapter, &mut commit)?;
         let (adapter, optimizer_state) = (step.adapter.values, step.optimizer_state);
-        commit.progress = Arc::new(TaskProgress { round, attempt: 0, adapter, optimizer_state });
+        let clipping_norm = step.clipping_norm;
+        let progress = TaskProgress { round, attempt: 0, adapter, optimizer_state, clipping_norm };
+        commit.progress = Arc::new(progress);
         Ok(commit)
     }
 
@@ -95,7 +95,7 @@ impl Ending<'_> {
             checkpoint: task.checkpoint,
             blobs: Vec::new(),
             progress: Arc::new(progress),
-            record: Some(self.record(open, RoundOutcome::Failed(reason), None)),
+            record: Some(self.record(open, RoundOutcome::Failed(reason), None, None)),
             release: None,
         };
         let adapter = Adapter::new(task.layout.clone(), task.progress.adapter.clone());
@@ -120,7 +120,13 @@ impl Ending<'_> {
         Ok(())
     }
 
-    fn record(&self, open: &OpenRound, outcome: RoundOutcome, update_norm: Option<f64>) -> RoundRecord {
+    fn record(
+        &self,
+        open: &OpenRound,
+        outcome: RoundOutcome,
+        update_norm: Option<f64>,
+        privacy: Option<PrivacyRecord>,
+    ) -> RoundRecord {
         let (id, counts) = (open.round.id(), open.round.counts());
         RoundRecord {
             round: id.round,
@@ -130,13 +136,14 @@ impl Ending<'_> {
             completed: counts.completed,
             withdrawn: counts.withdrawn,
             update_norm,
-            aggregation: aggregation_record(open),
+            aggregation: AggregationRecord { privacy, ..aggregation_record(open) },
             opened_unix_ms: open.opened.0,
             finished_unix_ms: self.now.0,
         }
     }
 
     fn publish(&self, task: &Task, adapter: Digest) -> PublishedRelease {
+        let statement = statement(task);
         let manifest = ReleaseManifest {
             population: self.setup.population.clone(),
             version: self.version,
@@ -146,15 +153,26 @@ impl Ending<'_> {
             rounds: task.spec.rounds,
             created: self.now,
             expires: self.now.plus(task.spec.release_valid_ms),
-            privacy_statement: statement(task).to_owned(),
+            privacy_statement: statement.words(),
+            privacy_statement_json: statement.to_json(),
         };
         let envelope = seal(Purpose::Release, manifest.to_bytes(), &[&self.setup.signing_key]);
         PublishedRelease { manifest, envelope }
     }
 }
 
-fn statement(task: &Task) -> &'static str {
-    if task.plan.aggregation.secure.is_some() { SECURE_STATEMENT } else { PLAINTEXT_STATEMENT }
+/// What may be said of those who trained the model: it follows from the plan that the devices enforced.
+fn statement(task: &Task) -> PrivacyStatement {
+    let aggregation = &task.plan.aggregation;
+    let parts = StatementParts {
+        population: task.plan.population.as_str(),
+        task: task.plan.task.as_str(),
+        rounds: task.spec.rounds,
+        aggregation: if aggregation.secure.is_some() { "secagg+" } else { "insecure_plaintext" },
+        survivors_min: aggregation.summands_min,
+        summands_max: aggregation.summands_max,
+    };
+    PrivacyStatement::new(&parts, task.plan.privacy_plan().as_ref())
 }
 
 fn aggregation_record(open: &OpenRound) -> AggregationRecord {
@@ -173,20 +191,42 @@ fn aggregation_record(open: &OpenRound) -> AggregationRecord {
     };
     let protocol = if open.round.is_secure() { "secagg+" } else { "insecure_plaintext" };
     let cohorts = open.round.cohorts().into_iter().map(cohort).collect();
-    AggregationRecord { protocol: protocol.to_owned(), cohorts }
+    AggregationRecord { protocol: protocol.to_owned(), cohorts, privacy: None }
 }
 
 /// Mean, server optimizer, next adapter.
 fn advance(task: &Task, sum: &RunningSum) -> Result<Advance, AdapterError> {
-    let grid = task.plan.aggregation.fixed_point();
-    let mean = grid
-        .decode_mean(&sum.sum().to_signed(), sum.contributions())
-        .expect("a finished round has between one and summands_max contributions");
+    let (mean, privacy) = mean(task, sum);
+    let clipping_norm = next_norm(task, privacy.as_ref());
     let mut values = task.progress.adapter.clone();
     let mut optimizer_state = task.progress.optimizer_state.clone();
     task.spec.server_optimizer.step(&mut values, &mut optimizer_state, &mean);
     let adapter = Adapter::new(task.layout.clone(), values)?;
-    Ok(Advance { adapter, optimizer_state, update_norm: l2_norm(&mean) })
+    Ok(Advance { adapter, optimizer_state, update_norm: l2_norm(&mean), clipping_norm, privacy })
+}
+
+fn mean(task: &Task, sum: &RunningSum) -> (Vec<f32>, Option<PrivacyRecord>) {
+    let (values, contributions) = (sum.sum().to_signed(), sum.contributions());
+    let Some(plan) = task.plan.privacy_plan() else {
+        let mean = task.plan.aggregation.fixed_point().decode_mean(&values, contributions);
+        return (mean.expect("a finished round has between one and summands_max contributions"), None);
+    };
+    let norm = task.clipping_norm();
+    let rotation = rotation_context(&task.plan_sha256, task.progress.round);
+    let private = plan.decode_mean(&values, contributions, norm, &rotation);
+    let record = PrivacyRecord {
+        clipping_norm: norm.value(),
+        unclipped: private.unclipped,
+        noise_deviation: Some(plan.mean_noise(norm, contributions)),
+    };
+    (private.mean, Some(record))
+}
+
+/// The clipping norm follows the noised share of updates that were within it.
+fn next_norm(task: &Task, privacy: Option<&PrivacyRecord>) -> Option<f32> {
+    let adaptation = task.plan.aggregation.privacy?.adaptation?;
+    let unclipped = privacy?.unclipped?;
+    Some(adaptation.next(task.clipping_norm(), unclipped).value())
 }
 
 /// The adapter as devices run it: GGUF LoRA in half precision, bound to the base model's hash.

@@ -2,6 +2,7 @@
 //! the end of a cohort is given out as [`OpeningWork`] and comes back as [`OpenedCohort`].
 
 use super::{Core, contribution::submitted_digest, error::invalid, session::SessionKey};
+use fleetune_privacy::PrivacyPlan;
 use fleetune_proto::{
     CallFailure, Digest, FailureKind, Name, UnixMillis,
     round::{Answer, Participant, Round, SecureError},
@@ -17,6 +18,32 @@ use fleetune_secagg::{OpenError, Opened, Opening, StepError};
 pub struct OpeningWork {
     place: Place,
     opening: Opening,
+    charge: Option<SumCharge>,
+}
+
+/// What opening a cohort's sum gives away: for the coordinator's ledger, written before the sum is opened.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SumCharge {
+    /// The task.
+    pub task: Name,
+    /// Round, from 0.
+    pub round: u32,
+    /// Attempt, from 0.
+    pub attempt: u32,
+    /// Cohort, from 0.
+    pub cohort: u32,
+    /// Vectors in the sum.
+    pub survivors: u32,
+    /// Survivors whose noise is counted on.
+    pub honest: u32,
+    /// `RDP(alpha) <= rho alpha` of this sum for each device in it, with the noise that was really there.
+    pub rho: f64,
+    /// Epsilon of this sum alone.
+    pub epsilon: f64,
+    /// At this delta.
+    pub delta: f64,
+    /// True if the noise is that of an imagined cohort, which protects nobody.
+    pub simulated: bool,
 }
 
 /// What came of it; for [`Core::handle_opened`].
@@ -33,6 +60,12 @@ struct Place {
 }
 
 impl OpeningWork {
+    /// What opening gives away; none without differential privacy.
+    #[must_use]
+    pub fn charge(&self) -> Option<&SumCharge> {
+        self.charge.as_ref()
+    }
+
     /// Removes the masks on up to `threads` threads.
     #[must_use]
     pub fn run(self, threads: usize) -> OpenedCohort {
@@ -176,7 +209,9 @@ impl Core {
             let round = &mut task.open()?.round;
             let (cohort, opening) = round.poll_opening()?;
             let (round, attempt) = (round.id().round, round.id().attempt);
-            Some(OpeningWork { place: Place { task: name, round, attempt, cohort }, opening })
+            let place = Place { task: name, round, attempt, cohort };
+            let charge = task.plan.privacy_plan().map(|plan| sum_charge(&place, &plan, opening.survivors()));
+            Some(OpeningWork { place, opening, charge })
         })
     }
 
@@ -298,4 +333,24 @@ fn refusal(error: &SecureError) -> CallFailure {
         | SecureError::Step(StepError::Malformed(_) | StepError::Vector(_)) => FailureKind::InvalidArgument,
     };
     CallFailure::new(kind, error.to_string())
+}
+
+/// With `survivors` in the sum, all but the colluders assumed have added their noise: at least as many as the
+/// plan counts on, usually more.
+fn sum_charge(place: &Place, plan: &PrivacyPlan, survivors: u32) -> SumCharge {
+    let parameters = plan.parameters();
+    let honest = plan.honest_among(survivors);
+    let curve = plan.sum_curve(honest).unwrap_or_else(|_| plan.participation_curve());
+    SumCharge {
+        task: place.task.clone(),
+        round: place.round,
+        attempt: place.attempt,
+        cohort: place.cohort,
+        survivors,
+        honest,
+        rho: curve.rho(),
+        epsilon: curve.epsilon(parameters.delta).0,
+        delta: parameters.delta.value(),
+        simulated: parameters.noise_cohort.is_some(),
+    }
 }

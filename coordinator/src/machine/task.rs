@@ -10,11 +10,13 @@ use super::{
 use crate::{
     limits::{ATTEMPT_DELAY_MS_MAX, ATTEMPT_DELAY_MS_MIN, backoff_ms},
     optimizer::ServerOptimizer,
+    privacy::PrivacySpec,
 };
 use fleetune_model::{
     adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
 };
+use fleetune_privacy::ClippingNorm;
 use fleetune_proto::{
     AdapterPlan, AggregationPlan, Digest, Name, Purpose, SecurePlan, TaskOffer, TaskPlan, TrainingPlan,
     UnixMillis,
@@ -45,6 +47,8 @@ pub struct TaskSpec {
     pub expires: UnixMillis,
     /// How long the release may be installed.
     pub release_valid_ms: u64,
+    /// Differential privacy; `aggregation.privacy` follows from it and is not read.
+    pub privacy: Option<PrivacySpec>,
 }
 
 /// Where a task stands, for people.
@@ -70,7 +74,7 @@ pub(super) struct Task {
     pub(super) layout: Arc<AdapterLayout>,
     pub(super) plan: TaskPlan,
     pub(super) plan_envelope: Vec<u8>,
-    plan_sha256: [u8; 32],
+    pub(super) plan_sha256: [u8; 32],
     pub(super) progress: Arc<TaskProgress>,
     pub(super) checkpoint: Digest,
     pub(super) stage: Stage,
@@ -160,6 +164,14 @@ impl Task {
             last_turn,
             excluded,
         })
+    }
+
+    /// The clipping norm of the next round.
+    pub(super) fn clipping_norm(&self) -> ClippingNorm {
+        let varying = self.plan.aggregation.privacy.and_then(|privacy| privacy.adaptation);
+        let own = self.plan.aggregation.clipping_norm;
+        let kept = varying.and(self.progress.clipping_norm);
+        kept.and_then(|norm| ClippingNorm::new(norm).ok()).unwrap_or(own)
     }
 
     pub(super) fn offer(&self) -> TaskOffer {
@@ -254,7 +266,7 @@ impl Task {
         let id = RoundId { task: self.spec.name.clone(), round, attempt };
         let (policy, plan, now) = (self.spec.round_policy, &self.plan.aggregation, opener.now);
         let secure = plan.secure.as_ref().map(|secure| self.secure_setup(secure, opener));
-        let round = Round::open(id, policy, plan, self.layout.len(), secure, now);
+        let round = Round::open(id, policy, plan, self.plan.vector_len(), secure, now);
         OpenRound { round, opened: now, sessions: Vec::new(), nonce: opener.nonce, already_revealed: 0 }
     }
 
@@ -275,7 +287,7 @@ impl Task {
                 config_sha256: self.plan_sha256,
                 suite: secure.mask_suite,
                 bits: plan.ring_bits,
-                dimension: self.layout.len(),
+                dimension: self.plan.vector_len(),
             },
             plan: CohortPlan {
                 members_max: secure.cohort_max,
@@ -330,13 +342,19 @@ fn checked_plan(
         let opened = Digest { sha256: base.sha256, size: base_digest.size }.hex();
         return Err(CoreError::Base { task: spec.name.clone(), digest: base_digest.hex(), opened });
     }
+    let mut aggregation = AggregationPlan { privacy: None, ..spec.aggregation };
+    if let Some(privacy) = &spec.privacy {
+        privacy
+            .apply(&mut aggregation, layout.len())
+            .map_err(|problem| CoreError::Privacy { task: spec.name.clone(), problem })?;
+    }
     let plan = TaskPlan {
         population: setup.population.clone(),
         task: spec.name.clone(),
         base_model: base_digest,
         adapter: adapter_plan(layout),
         training: spec.training.clone(),
-        aggregation: spec.aggregation,
+        aggregation,
         rounds: spec.rounds,
         expires: spec.expires,
     };

@@ -1,7 +1,9 @@
 //! The core against the shipped device machine, in virtual time (`tests/world.rs`), and call by call
-//! (`tests/calls.rs`). Under secure aggregation: `tests/secure.rs` and `tests/secure_calls.rs`.
+//! (`tests/calls.rs`). Under secure aggregation: `tests/secure.rs` and `tests/secure_calls.rs`; with
+//! differential privacy: `tests/privacy.rs`.
 
 mod calls;
+mod privacy;
 mod secure;
 mod secure_calls;
 mod world;

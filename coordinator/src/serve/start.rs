@@ -83,7 +83,10 @@ fn read_progress(
     let optimizer = store.blobs().read(&progress.optimizer)?;
     let values = optimizer.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
     let (round, attempt) = (progress.round, progress.attempt);
-    Ok(TaskProgress { round, attempt, adapter: adapter.values, optimizer_state: values.collect() })
+    #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
+    let clipping_norm = progress.clipping_norm.map(|norm| norm as f32);
+    let optimizer_state = values.collect();
+    Ok(TaskProgress { round, attempt, adapter: adapter.values, optimizer_state, clipping_norm })
 }
 
 fn open_base(path: &Path) -> Result<(Arc<BaseModel>, Digest), ServeError> {

@@ -6,7 +6,7 @@ use fleetune_proto::{Digest, Name, UnixMillis};
 use sqlx::{Row, SqliteConnection, SqlitePool, sqlite::SqliteRow};
 
 /// A task as it is stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StoredTask {
     /// The task.
     pub name: Name,
@@ -19,7 +19,7 @@ pub struct StoredTask {
 }
 
 /// Where a task stands: numbers, and the blobs that hold the rest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StoredProgress {
     /// The round that is due, from 0.
     pub round: u32,
@@ -29,6 +29,8 @@ pub struct StoredProgress {
     pub checkpoint: Digest,
     /// The server optimizer's state: f32, little-endian.
     pub optimizer: Digest,
+    /// The next round's clipping norm under adaptive clipping, once it has moved.
+    pub clipping_norm: Option<f64>,
 }
 
 pub(super) async fn begin(
@@ -61,7 +63,7 @@ pub(super) async fn begin(
 pub(super) async fn all(pool: &SqlitePool, population: &Name) -> Result<Vec<StoredTask>, StoreError> {
     let rows = sqlx::query(
         "SELECT name, created_unix_ms, rounds, round, attempt, checkpoint, checkpoint_bytes, optimizer,
-                optimizer_bytes
+                optimizer_bytes, clipping_norm
          FROM tasks WHERE population = $1 ORDER BY name",
     )
     .bind(population.as_str())
@@ -84,8 +86,8 @@ pub(super) async fn advance(
              checkpoint_before = CASE WHEN checkpoint = $1 THEN checkpoint_before ELSE checkpoint END,
              optimizer_before = CASE WHEN checkpoint = $1 THEN optimizer_before ELSE optimizer END,
              checkpoint = $1, checkpoint_bytes = $2, optimizer = $3, optimizer_bytes = $4,
-             round = $5, attempt = $6
-         WHERE population = $7 AND name = $8",
+             round = $5, attempt = $6, clipping_norm = $7
+         WHERE population = $8 AND name = $9",
     )
     .bind(commit.checkpoint.hex())
     .bind(to_row(commit.checkpoint.size))
@@ -93,6 +95,7 @@ pub(super) async fn advance(
     .bind(to_row(optimizer.size))
     .bind(i64::from(commit.progress.round))
     .bind(i64::from(commit.progress.attempt))
+    .bind(commit.progress.clipping_norm.map(f64::from))
     .bind(population.as_str())
     .bind(commit.task.as_str())
     .execute(connection)
@@ -151,6 +154,7 @@ fn read_progress(row: &SqliteRow) -> Result<Option<StoredProgress>, StoreError> 
         attempt: from_row("tasks", attempt.unwrap_or(0))?,
         checkpoint: read_digest(row, "checkpoint", "checkpoint_bytes")?,
         optimizer: read_digest(row, "optimizer", "optimizer_bytes")?,
+        clipping_norm: row.try_get("clipping_norm").map_err(failed)?,
     }))
 }
 

@@ -42,8 +42,13 @@ fn commit(round: u32, attempt: u32, failed: bool) -> Commit {
         opened_unix_ms: 10,
         finished_unix_ms: 20,
     };
-    let progress =
-        TaskProgress { round, attempt, adapter: vec![1.0], optimizer_state: vec![round as f32, 2.0] };
+    let progress = TaskProgress {
+        round,
+        attempt,
+        adapter: vec![1.0],
+        optimizer_state: vec![round as f32, 2.0],
+        clipping_norm: Some(0.5),
+    };
     Commit {
         id: CommitId(1),
         task: name("lora"),
@@ -64,7 +69,7 @@ fn aggregation(failed: bool) -> AggregationRecord {
         survivors: (!failed).then_some(3),
         failure: failed.then(|| "its sum was not opened in time".into()),
     };
-    AggregationRecord { protocol: "secagg+".into(), cohorts: vec![cohort] }
+    AggregationRecord { protocol: "secagg+".into(), cohorts: vec![cohort], privacy: None }
 }
 
 fn release(version: u64, adapter: Digest) -> PublishedRelease {
@@ -78,6 +83,7 @@ fn release(version: u64, adapter: Digest) -> PublishedRelease {
         created: UnixMillis(1),
         expires: UnixMillis(2),
         privacy_statement: "none".into(),
+        privacy_statement_json: "{}".into(),
     };
     PublishedRelease { manifest, envelope: vec![1, 2, 3] }
 }

@@ -5,7 +5,7 @@ use super::{convert::AccountError, rdp::RdpCurve};
 
 /// Least standard deviation of one device's discrete Gaussian, in units of the grid. From here on the sum
 /// is so close to a discrete Gaussian that tau is below `10 n e^-61`; below it the bound collapses.
-pub const LOCAL_SIGMA_MIN: f64 = 2.5;
+pub(super) const LOCAL_SIGMA_MIN: f64 = 2.5;
 
 /// What a vector of bounded integers plus a sum of discrete Gaussians gives away.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -59,6 +59,14 @@ impl RdpCurve {
         Self(self.0.iter().zip(&other.0).map(|(a, b)| a + b).collect())
     }
 
+    /// The least `rho` with `RDP(alpha) <= rho alpha` at all [`ORDERS`], for people who think in zCDP. It holds
+    /// at those orders only, so official epsilons come from the curve.
+    #[must_use]
+    pub fn rho(&self) -> f64 {
+        let each = ORDERS.iter().zip(&self.0).map(|(order, rdp)| rdp / f64::from(*order));
+        each.fold(0.0, f64::max)
+    }
+
     /// Epsilon at `delta` and the order it was found at: the least over [`ORDERS`] of the conversion of
     /// Canonne, Kamath and Steinke 2020, proposition 12.
     #[must_use]

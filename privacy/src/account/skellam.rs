@@ -45,7 +45,7 @@ impl Skellam {
         self.l1
     }
 
-    /// Rényi divergence of integer order `alpha` (Agarwal et al. 2021, theorem 3.1 and corollary 3.2):
+    /// Rényi divergence of integer order `alpha` (Agarwal et al. 2021, theorem 3.5 and corollary 3.6):
     /// `alpha D2^2 / (2v) + min(((2 alpha - 1) D2^2 + 6 D1) / (4 v^2), 3 D1 / (2v))`.
     #[must_use]
     pub fn rdp(&self, alpha: u32) -> f64 {

@@ -1,6 +1,7 @@
 //! What a device never goes below, whatever a signed plan says.
 
 use crate::{digest::Digest, plan::TaskPlan, wire::AggregationProtocol};
+use fleetune_privacy::{LedgerError, PrivacyPolicy};
 use fleetune_secagg::Floors;
 use thiserror::Error;
 
@@ -20,6 +21,8 @@ pub struct DeviceFloors {
     pub steps_max: u32,
     /// Cohort, threshold and survivors of secure aggregation.
     pub secure: Floors,
+    /// What may be given away.
+    pub privacy: PrivacyPolicy,
 }
 
 impl Default for DeviceFloors {
@@ -31,6 +34,7 @@ impl Default for DeviceFloors {
             base_model_bytes_max: 1 << 30,
             steps_max: 1000,
             secure: Floors::default(),
+            privacy: PrivacyPolicy::default(),
         }
     }
 }
@@ -73,6 +77,9 @@ pub enum FloorError {
         /// The device's bound.
         max: u32,
     },
+    /// It gives too much away.
+    #[error(transparent)]
+    Privacy(#[from] LedgerError),
 }
 
 impl DeviceFloors {
@@ -111,6 +118,6 @@ impl DeviceFloors {
         if steps > self.steps_max {
             return Err(FloorError::Steps { planned: steps, max: self.steps_max });
         }
-        Ok(())
+        Ok(self.privacy.check_plan(plan.privacy_plan().as_ref())?)
     }
 }

@@ -1,7 +1,9 @@
-//! What a device keeps on its own disk between two messages: the session under way, and in which rounds it
-//! has revealed shares. The shell stores the bytes as they are, readable by their owner alone.
+//! What a device keeps on its own disk between two messages: the session under way, in which rounds it has
+//! revealed shares, and its privacy ledger. One write: a charge and the message it is for cannot come apart.
+//! The shell stores the bytes as they are, readable by their owner alone.
 
 use super::session::Session;
+use fleetune_privacy::Ledger;
 use prost::Message;
 use std::{collections::BTreeMap, fmt};
 use zeroize::{Zeroize, Zeroizing};
@@ -63,6 +65,9 @@ struct Kept {
     revealed: Vec<Revealed>,
     #[prost(message, optional, tag = "2")]
     session: Option<KeptSession>,
+    /// Absent in records of earlier versions.
+    #[prost(bytes = "vec", optional, tag = "3")]
+    ledger: Option<Vec<u8>>,
 }
 
 /// The last round of each plan in which the device has revealed shares.
@@ -82,14 +87,23 @@ impl DeviceRecord {
         &self.0
     }
 
-    pub(super) fn write(revealed: &RevealedRounds, session: Option<&Session>) -> Self {
+    /// The privacy ledger in the record.
+    ///
+    /// # Errors
+    /// [`DamagedRecord`].
+    pub fn ledger(&self) -> Result<Ledger, DamagedRecord> {
+        self.read().map(|kept| kept.ledger)
+    }
+
+    pub(super) fn write(revealed: &RevealedRounds, session: Option<&Session>, ledger: &Ledger) -> Self {
         let one = |(plan, (round, order)): (&[u8; 32], &(u32, u64))| Revealed {
             plan_sha256: plan.to_vec(),
             round: *round,
             order: *order,
         };
         let revealed = revealed.0.iter().map(one).collect();
-        let mut kept = Kept { revealed, session: session.and_then(Session::to_kept) };
+        let session = session.and_then(Session::to_kept);
+        let mut kept = Kept { revealed, session, ledger: Some(ledger.to_bytes()) };
         let record = Self(Zeroizing::new(kept.encode_to_vec()));
         if let Some(session) = &mut kept.session {
             session.wipe();
@@ -99,7 +113,7 @@ impl DeviceRecord {
 
     /// What the bytes hold. A damaged record is an error: to forget what was revealed would be to allow
     /// revealing it again.
-    pub(super) fn read(&self) -> Result<(RevealedRounds, Option<Box<Session>>), DamagedRecord> {
+    pub(super) fn read(&self) -> Result<Restored, DamagedRecord> {
         let mut kept = Kept::decode(self.as_bytes()).map_err(|_| DamagedRecord)?;
         let mut revealed = RevealedRounds::default();
         for one in &kept.revealed {
@@ -111,14 +125,23 @@ impl DeviceRecord {
         if let Some(session) = &mut kept.session {
             session.wipe();
         }
-        Ok((revealed, session))
+        let ledger = kept.ledger.as_ref().map(|bytes| Ledger::from_bytes(bytes).ok_or(DamagedRecord));
+        Ok(Restored { revealed, session, ledger: ledger.transpose()?.unwrap_or_default() })
     }
+}
+
+/// What a record holds.
+pub(super) struct Restored {
+    pub(super) revealed: RevealedRounds,
+    pub(super) session: Option<Box<Session>>,
+    pub(super) ledger: Ledger,
 }
 
 /// The record's bytes are not one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the device's record is damaged; without it the device cannot know which rounds it has taken part in"
+    "the device's record is damaged; without it the device cannot know which rounds it has taken part in, nor \
+     what it has given away"
 )]
 pub struct DamagedRecord;
 

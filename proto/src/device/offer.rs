@@ -74,6 +74,12 @@ impl Device {
                 report_task(token, TaskResult::AlreadyRevealed)
             }
             Ok(session) => {
+                let policy = &self.setup.floors.privacy;
+                let refusal = session.charge(policy).map(|charge| self.ledger.check(&charge, policy, now.0));
+                if let Some(Err(refusal)) = refusal {
+                    self.events.push(Event::Refused(refusal.to_string()));
+                    return report_task(token, TaskResult::PlanRejected);
+                }
                 let (task, round) = (session.task().clone(), session.round());
                 self.events.push(Event::Selected { task, round });
                 State::InSession(Box::new(session))

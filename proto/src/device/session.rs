@@ -13,15 +13,18 @@ use crate::{
     error::within,
     limits::{BACKOFF_MS_MIN, CHECKPOINT_HEADER_BYTES_MAX, RETRY_DELAY_MS_MAX},
     name::Name,
-    plan::TaskPlan,
+    plan::{TaskPlan, rotation_context},
     secure::parse_nonce,
     sign::Purpose,
     time::UnixMillis,
     wire::{self, AggregationProtocol, submit_update_response::Outcome},
 };
-use fleetune_privacy::clip;
+use fleetune_privacy::{Charge, ClippingNorm, PrivacyPolicy, Purpose as BudgetPurpose, Scope, clip};
 use fleetune_secagg::{RingVector, SessionId, SessionParts, Terms};
 use rand_chacha::ChaCha20Rng;
+
+/// Number of the step whose message is the masked vector.
+const MASKED_STEP: u32 = 3;
 
 enum Stage {
     FetchingBase,
@@ -49,6 +52,8 @@ pub(super) struct Session {
     deadline: UnixMillis,
     plan_sha256: [u8; 32],
     nonce: Option<[u8; 32]>,
+    /// Of this round; only before the update is encoded.
+    clipping_norm: ClippingNorm,
     stage: Stage,
 }
 
@@ -90,9 +95,10 @@ impl Session {
             }
             AggregationProtocol::InsecurePlaintext | AggregationProtocol::Unspecified => None,
         };
+        let clipping_norm = round_norm(&plan, assignment.clipping_norm)?;
         let order = TrainOrder { plan, round, attempt: assignment.attempt, checkpoint };
         let (token, stage) = (assignment.session_token, Stage::FetchingBase);
-        Ok(Self { token, order, deadline, plan_sha256, nonce, stage })
+        Ok(Self { token, order, deadline, plan_sha256, nonce, clipping_norm, stage })
     }
 
     /// Takes up a session that was saved in a step of secure aggregation.
@@ -103,7 +109,8 @@ impl Session {
         let order = TrainOrder { plan, round: kept.round, attempt: kept.attempt, checkpoint };
         let plan_sha256 = kept.plan_sha256.as_slice().try_into().ok()?;
         let (token, deadline) = (kept.token.clone(), UnixMillis(kept.deadline_unix_ms));
-        Some(Self { token, order, deadline, plan_sha256, nonce: None, stage })
+        let clipping_norm = order.plan.aggregation.clipping_norm;
+        Some(Self { token, order, deadline, plan_sha256, nonce: None, clipping_norm, stage })
     }
 
     /// What must be on disk before the session's next message leaves; none while nothing is at stake.
@@ -139,6 +146,31 @@ impl Session {
             | Stage::Uploading(_)
             | Stage::Submitting(_) => None,
         }
+    }
+
+    /// What the contribution costs; none without differential privacy. A simulated noise cohort costs nothing
+    /// that is worth counting: it protects nobody, and only simulated devices take part.
+    pub(super) fn charge(&self, policy: &PrivacyPolicy) -> Option<Charge> {
+        let (plan, order) = (self.order.plan.privacy_plan()?, &self.order);
+        let p = plan.parameters();
+        if p.noise_cohort.is_some() {
+            return None;
+        }
+        Some(Charge {
+            scope: Scope::of_task(order.plan.population.as_str(), order.plan.task.as_str()),
+            purpose: BudgetPurpose::Training,
+            id: Digest::of(&self.token).sha256,
+            round: order.round,
+            curve: plan.participation_curve(),
+            participations_max: p.participations_max,
+            separation_ms: p.separation_ms.max(policy.separation_ms_min),
+            separation_rounds: p.separation_rounds,
+        })
+    }
+
+    /// The charge that must be on disk before the session's next message leaves: the masked vector's.
+    pub(super) fn due_charge(&self, policy: &PrivacyPolicy) -> Option<Charge> {
+        if self.secure_step() == MASKED_STEP { self.charge(policy) } else { None }
     }
 
     pub(super) fn plan(&self) -> &TaskPlan {
@@ -192,7 +224,8 @@ impl Session {
         };
     }
 
-    /// The road from a raw update to what leaves: clip, encode, then pack or mask.
+    /// The road from a raw update to what leaves: clip, encode (with differential privacy also rotate, round and
+    /// noise), then pack or mask.
     pub(super) fn trained(
         &mut self,
         delta: Vec<f32>,
@@ -203,9 +236,19 @@ impl Session {
         if delta.len() != expected {
             return Err(format!("update of {} values; the plan's adapter has {expected}", delta.len()));
         }
-        let clipped = clip(delta, plan.clipping_norm).map_err(|e| e.to_string())?;
-        let encoded = plan.fixed_point().encode(&clipped).map_err(|e| e.to_string())?;
-        let vector = RingVector::from_signed(plan.ring_bits, encoded.values());
+        let vector = match self.order.plan.privacy_plan() {
+            Some(privacy) => {
+                let rotation = rotation_context(&self.plan_sha256, self.order.round);
+                let own = [rotation.as_slice(), &self.order.attempt.to_le_bytes()].concat();
+                let noised = privacy.encode(delta, self.clipping_norm, &rotation, &setup.noise, &own);
+                RingVector::from_signed(plan.ring_bits, noised.map_err(|e| e.to_string())?.values())
+            }
+            None => {
+                let clipped = clip(delta, plan.clipping_norm).map_err(|e| e.to_string())?;
+                let encoded = plan.fixed_point().encode(&clipped).map_err(|e| e.to_string())?;
+                RingVector::from_signed(plan.ring_bits, encoded.values())
+            }
+        };
         self.stage = match (self.terms(), &setup.identity) {
             (Some(terms), Some(identity)) => {
                 Stage::Secure(Box::new(SecureStage::begin(terms, identity, vector, rng)))
@@ -246,8 +289,28 @@ impl Session {
             server_nonce: self.nonce?,
         });
         let suite = plan.aggregation.secure?.mask_suite;
-        let (bits, dimension) = (plan.aggregation.ring_bits, plan.adapter.dimension);
+        let (bits, dimension) = (plan.aggregation.ring_bits, plan.vector_len());
         Some(Terms { session, config_sha256: self.plan_sha256, suite, bits, dimension })
+    }
+}
+
+/// The clipping norm of a round: the plan's, or under adaptive clipping the coordinator's within the plan's
+/// bounds.
+fn round_norm(plan: &TaskPlan, assigned: f32) -> Result<ClippingNorm, String> {
+    let own = plan.aggregation.clipping_norm;
+    if assigned == 0.0 {
+        return Ok(own);
+    }
+    let refused = |problem: &str| format!("assignment refused: clipping norm {assigned}: {problem}");
+    let Some(adaptation) = plan.aggregation.privacy.and_then(|privacy| privacy.adaptation) else {
+        return Err(refused("the plan's clipping norm does not vary"));
+    };
+    let norm = ClippingNorm::new(assigned).map_err(|error| refused(&error.to_string()))?;
+    let (low, high) = adaptation.norms();
+    if (low.value()..=high.value()).contains(&assigned) {
+        Ok(norm)
+    } else {
+        Err(refused(&format!("the plan allows {} to {}", low.value(), high.value())))
     }
 }
 

@@ -34,6 +34,7 @@ fn setup() -> DeviceSetup {
         release_version_max: 0,
         identity: None,
         registrars: Registrars::Keys(Vec::new()),
+        noise: NoiseOrigin::operating_system(),
     }
 }
 
@@ -68,6 +69,7 @@ fn assignment(plan: &TaskPlan, key: &SigningKey) -> wire::TaskAssignment {
         checkpoint: Some(Digest::of(b"checkpoint").to_wire()),
         deadline_ms: 60_000,
         aggregation_nonce: vec![5; 32],
+        clipping_norm: 0.0,
     }
 }
 
@@ -82,6 +84,7 @@ fn manifest(version: u64) -> ReleaseManifest {
         created: UnixMillis(1),
         expires: UnixMillis(1_000_000),
         privacy_statement: "none".into(),
+        privacy_statement_json: String::new(),
     }
 }
 

@@ -67,6 +67,13 @@ struct Recovered {
 }
 
 impl Opening {
+    /// Vectors in the sum.
+    #[must_use]
+    pub fn survivors(&self) -> u32 {
+        let survivors = self.members.iter().filter(|member| member.is_survivor()).count();
+        u32::try_from(survivors).expect("bounded by MEMBERS_MAX")
+    }
+
     pub(super) fn new(cohort: Cohort) -> Self {
         let Cohort { terms, binding, degrees, members, sum, .. } = cohort;
         Self { terms, binding, threshold: degrees.threshold as usize, members, sum }
@@ -101,8 +108,7 @@ impl Opening {
         }
         let masks: Vec<(MaskSeed, Sign)> = found.into_iter().flat_map(|recovered| recovered.masks).collect();
         add_masks_parallel(self.terms.suite, &mut self.sum, &masks, threads);
-        let survivors = self.members.iter().filter(|member| member.is_survivor()).count();
-        let survivors = u32::try_from(survivors).expect("bounded by MEMBERS_MAX");
+        let survivors = self.survivors();
         Ok(Opened { sum: self.sum, survivors, suspicions })
     }
 

@@ -169,6 +169,7 @@ fn plan() -> TaskPlan {
             ring_bits: RingBits::new(32).expect("a width"),
             summands_max: 16,
             summands_min: 3,
+            privacy: None,
             secure: Some(SecurePlan {
                 mask_suite: MaskSuite::Aes128Ctr,
                 cohort_max: 100,
@@ -196,5 +197,6 @@ fn manifest() -> ReleaseManifest {
         created: UnixMillis(1),
         expires: UnixMillis(1_000_000),
         privacy_statement: "none".into(),
+        privacy_statement_json: "{}".into(),
     }
 }

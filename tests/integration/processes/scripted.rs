@@ -3,6 +3,7 @@
 
 use super::fleet::{Site, wait_until};
 use fleetune_client::{GrpcOptions, GrpcTransport, Transport};
+use fleetune_privacy::NoiseOrigin;
 use fleetune_proto::{
     AggregationProtocol, Name, TrustRoot, UnixMillis,
     device::{Action, Device, DeviceFloors, DeviceSetup, Event, Request},
@@ -45,6 +46,7 @@ impl Scripted {
             release_version_max: 0,
             identity: Some(Arc::new(site.identity(99))),
             registrars: site.registrars(),
+            noise: NoiseOrigin::operating_system(),
         };
         Self {
             device: Device::new(setup, [42; 32], now()),

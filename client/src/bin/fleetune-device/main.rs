@@ -1,9 +1,11 @@
 //! The reference device: the client crate with a file for its data and flags for its conditions.
 //!
-//! `run` is in `run.rs`, what is kept between runs in `settings.rs`; `generate` and `status` only read.
+//! `run` is in `run.rs`, what is kept between runs in `settings.rs`; `generate`, `privacy` and `status` only
+//! read.
 
 mod certify;
 mod generate;
+mod privacy;
 mod run;
 mod settings;
 mod status;
@@ -31,6 +33,8 @@ enum Command {
     Identity(certify::IdentityArguments),
     /// Certify a device: what a registrar does. Prints the certificate.
     Certify(certify::CertifyArguments),
+    /// Show what this device has given away, what it allows, and what its model's makers promise.
+    Privacy(privacy::PrivacyArguments),
     /// Show what this device holds.
     Status(status::StatusArguments),
 }
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::generate(&arguments),
         Command::Identity(arguments) => certify::identity(&arguments),
         Command::Certify(arguments) => certify::certify(&arguments),
+        Command::Privacy(arguments) => privacy::privacy(&arguments),
         Command::Status(arguments) => status::status(&arguments),
     };
     match done {

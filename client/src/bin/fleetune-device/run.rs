@@ -72,7 +72,7 @@ fn client(arguments: &RunArguments) -> Result<Client<GrpcTransport>> {
     let transport = transport(arguments, &settings)?;
     let mut builder = ClientBuilder::new(&arguments.state, population, trust_root)
         .device_class(settings.device_class.as_str())
-        .floors(settings.floors())
+        .floors(settings.floors()?)
         .registrars(settings.registrars()?);
     if settings.insecure_allow_unregistered_peers {
         tracing::warn!("this device aggregates with anybody: a coordinator can make its peers up");

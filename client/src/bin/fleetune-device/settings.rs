@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fleetune_client::files::write_atomically;
 use fleetune_client::{DeviceFloors, Name, Registrars, TrustRoot};
+use fleetune_privacy::{Delta, PrivacyPolicy};
 use serde::{Deserialize, Serialize};
 
 /// Settings as flags; one that is given replaces the one kept.
@@ -46,6 +47,15 @@ pub(crate) struct SettingsArguments {
     /// Fewest devices in any sum.
     #[arg(long, value_name = "N")]
     pub survivors_min: Option<u32>,
+    /// Take part only with differential privacy.
+    #[arg(long)]
+    pub require_privacy: bool,
+    /// Most epsilon that one task may cost with all its participations; at `privacy.delta` of device.toml.
+    #[arg(long, value_name = "E")]
+    pub epsilon_task_max: Option<f64>,
+    /// Most epsilon that everything may cost over the device's life.
+    #[arg(long, value_name = "E")]
+    pub epsilon_max: Option<f64>,
 }
 
 /// The file. Every field may be edited by the device's owner.
@@ -64,6 +74,24 @@ pub(crate) struct Settings {
     pub insecure_allow_unregistered_peers: bool,
     /// No plan may go below these, whoever signed it.
     pub floors: Floors,
+    /// What may be given away, whoever asks.
+    pub privacy: Privacy,
+}
+
+/// [`PrivacyPolicy`] as it stands in the file. Epsilons are at `delta`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Privacy {
+    /// Take part only with differential privacy.
+    pub required: bool,
+    pub delta: f64,
+    pub epsilon_task_max: f64,
+    pub epsilon_training_max: f64,
+    pub epsilon_evaluation_max: f64,
+    pub epsilon_telemetry_max: f64,
+    pub epsilon_max: f64,
+    /// Least hours between two contributions to a task, whatever its plan says.
+    pub separation_hours_min: f64,
 }
 
 /// The numbers among [`DeviceFloors`].
@@ -94,7 +122,58 @@ impl Default for Settings {
             registrars: Vec::new(),
             insecure_allow_unregistered_peers: false,
             floors: Floors::default(),
+            privacy: Privacy::default(),
         }
+    }
+}
+
+impl Default for Privacy {
+    fn default() -> Self {
+        let policy = PrivacyPolicy::default();
+        let [training, evaluation, telemetry] = policy.epsilon_purpose_max;
+        Self {
+            required: policy.required,
+            delta: policy.delta.value(),
+            epsilon_task_max: policy.epsilon_task_max,
+            epsilon_training_max: training,
+            epsilon_evaluation_max: evaluation,
+            epsilon_telemetry_max: telemetry,
+            epsilon_max: policy.epsilon_max,
+            separation_hours_min: 0.0,
+        }
+    }
+}
+
+impl Privacy {
+    /// The policy; a bound that is no number is refused, since nothing is above it.
+    pub(crate) fn policy(&self) -> Result<PrivacyPolicy> {
+        let bounds = [
+            ("epsilon_task_max", self.epsilon_task_max),
+            ("epsilon_training_max", self.epsilon_training_max),
+            ("epsilon_evaluation_max", self.epsilon_evaluation_max),
+            ("epsilon_telemetry_max", self.epsilon_telemetry_max),
+            ("epsilon_max", self.epsilon_max),
+        ];
+        for (name, value) in bounds {
+            ensure!(value.is_finite() && value >= 0.0, "privacy.{name}: {value}; a number from 0");
+        }
+        let hours = self.separation_hours_min;
+        ensure!((0.0..=100_000.0).contains(&hours), "privacy.separation_hours_min: {hours}; 0 to 100000");
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
+        let separation_ms_min = (hours * 3_600_000.0) as u64;
+        Ok(PrivacyPolicy {
+            required: self.required,
+            delta: Delta::new(self.delta).context("privacy.delta")?,
+            epsilon_task_max: self.epsilon_task_max,
+            epsilon_purpose_max: [
+                self.epsilon_training_max,
+                self.epsilon_evaluation_max,
+                self.epsilon_telemetry_max,
+            ],
+            epsilon_max: self.epsilon_max,
+            separation_ms_min,
+            insecure_noise_cohort: false,
+        })
     }
 }
 
@@ -156,6 +235,9 @@ impl Settings {
         self.insecure_allow_unregistered_peers |= given.insecure_allow_unregistered_peers;
         self.floors.cohort_min = given.cohort_min.unwrap_or(self.floors.cohort_min);
         self.floors.survivors_min = given.survivors_min.unwrap_or(self.floors.survivors_min);
+        self.privacy.required |= given.require_privacy;
+        self.privacy.epsilon_task_max = given.epsilon_task_max.unwrap_or(self.privacy.epsilon_task_max);
+        self.privacy.epsilon_max = given.epsilon_max.unwrap_or(self.privacy.epsilon_max);
         Ok(self)
     }
 
@@ -176,8 +258,8 @@ impl Settings {
     }
 
     /// The floors without a protocol; [`fleetune_client::ClientBuilder`] adds the plaintext one by name.
-    pub(crate) fn floors(&self) -> DeviceFloors {
-        DeviceFloors {
+    pub(crate) fn floors(&self) -> Result<DeviceFloors> {
+        Ok(DeviceFloors {
             summands_min: self.floors.summands_min,
             clipping_norm_max: self.floors.clipping_norm_max,
             base_model_bytes_max: self.floors.base_model_bytes_max,
@@ -190,8 +272,9 @@ impl Settings {
                 sigma: self.floors.sigma,
                 ..fleetune_secagg::Floors::default()
             },
+            privacy: self.privacy.policy().context("device.toml")?,
             ..DeviceFloors::default()
-        }
+        })
     }
 
     /// Who certifies this device's peers. A device that may contribute in the clear needs nobody.
@@ -250,6 +333,17 @@ mod tests {
         assert!(nothing.registrars().unwrap_err().to_string().contains("give --registrar HEX once"));
         let odd = Settings { trust_keys: vec!["xyz".into()], ..Settings::default() };
         assert!(odd.trust_root().unwrap_err().to_string().contains("\"xyz\" is not 64 hexadecimal digits"));
+    }
+
+    #[test]
+    fn a_budget_that_is_no_number_is_refused() {
+        for bad in [f64::NAN, f64::INFINITY, -1.0] {
+            let privacy = Privacy { epsilon_max: bad, ..Privacy::default() };
+            let error = Settings { privacy, ..Settings::default() }.floors().unwrap_err();
+            assert!(format!("{error:#}").contains("device.toml: privacy.epsilon_max"), "{error:#}");
+        }
+        let default = Settings::default().floors().unwrap().privacy;
+        assert_eq!(default, PrivacyPolicy::default());
     }
 
     #[test]

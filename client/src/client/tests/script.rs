@@ -290,6 +290,7 @@ pub(super) fn assignment_from(plan: &TaskPlan, checkpoint: &[u8]) -> wire::Check
         checkpoint: Some(Digest::of(checkpoint).to_wire()),
         deadline_ms: 600_000,
         aggregation_nonce: Vec::new(),
+        clipping_norm: 0.0,
     }))
 }
 

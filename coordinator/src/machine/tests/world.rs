@@ -7,7 +7,7 @@ mod made_up;
 pub(super) use actor::{Actor, Fault, Step};
 pub(super) use made_up::{made_up_delta, name, secure_spec, setup, spec, trust_root};
 
-use crate::{Commit, Core, CoreEvent, OpeningWork, RoundRecord, TaskProgress, TaskSpec};
+use crate::{Commit, Core, CoreEvent, OpeningWork, RoundRecord, SumCharge, TaskProgress, TaskSpec};
 use fleetune_model::{adapter_formats::from_gguf_lora, base::BaseModel};
 use fleetune_proto::{
     CallFailure, Digest, FailureKind, UnixMillis,
@@ -28,6 +28,8 @@ pub(super) struct World {
     /// Openings are taken and not brought back.
     pub(super) openings_stuck: bool,
     pub(super) stuck: Vec<OpeningWork>,
+    /// The privacy ledger: charged before a sum is opened.
+    pub(super) charges: Vec<SumCharge>,
     /// Calls that have reached the core, with the device that made them.
     pub(super) calls: Vec<(usize, Request)>,
     /// The root of the roster that each device was given last.
@@ -51,6 +53,7 @@ impl World {
             disk_full: false,
             openings_stuck: false,
             stuck: Vec::new(),
+            charges: Vec::new(),
             calls: Vec::new(),
             roots: BTreeMap::new(),
             base,
@@ -154,6 +157,7 @@ impl World {
             if self.openings_stuck {
                 self.stuck.push(work);
             } else {
+                self.charges.extend(work.charge().cloned());
                 self.core.handle_opened(work.run(2), self.now);
             }
         }

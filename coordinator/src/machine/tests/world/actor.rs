@@ -105,6 +105,12 @@ impl Actor {
         self.device = Device::new(self.setup.clone(), [99; 32], now);
     }
 
+    /// Takes part in simulations; to be called before it has done anything.
+    pub(in super::super) fn allow_noise_cohort(&mut self) {
+        self.setup.floors.privacy.insecure_noise_cohort = true;
+        self.device = Device::new(self.setup.clone(), self.seed, UnixMillis(1_000_000));
+    }
+
     pub(super) fn installed(&mut self, version: u64, now: UnixMillis) {
         (self.setup.release_version, self.setup.release_version_max) = (version, version);
         self.device.handle_installed(now);

@@ -10,7 +10,7 @@ use fleetune_model::{
     tokenizer::{SpecialTokens, train_bpe},
     weights::{WeightFormat, WeightMatrix},
 };
-use fleetune_privacy::ClippingNorm;
+use fleetune_privacy::{ClippingNorm, NoiseOrigin};
 use fleetune_proto::{
     AggregationPlan, AggregationProtocol, Name, Optimizer, SecurePlan, TrainingPlan, TrustRoot, UnixMillis,
     device::{DeviceFloors, DeviceSetup},
@@ -62,6 +62,7 @@ pub(in super::super) fn spec(cohort: u32) -> TaskSpec {
             ring_bits: RingBits::new(32).unwrap(),
             summands_max: 16,
             summands_min: 2,
+            privacy: None,
             secure: None,
         },
         rounds: 3,
@@ -76,6 +77,7 @@ pub(in super::super) fn spec(cohort: u32) -> TaskSpec {
         server_optimizer: ServerOptimizer::FedAvg { learning_rate: 1.0 },
         expires: UnixMillis(1_000_000_000),
         release_valid_ms: 1_000_000_000,
+        privacy: None,
     }
 }
 
@@ -118,6 +120,7 @@ pub(super) fn device_setup(index: u8) -> DeviceSetup {
         release_version_max: 0,
         identity: Some(Arc::new(Identity::new(key, certificate).unwrap())),
         registrars: registrars(),
+        noise: NoiseOrigin::operating_system(),
     }
 }
 
