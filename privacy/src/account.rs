@@ -13,7 +13,13 @@ mod rdp;
 mod skellam;
 
 #[cfg(feature = "planning")]
+mod calibrate;
+#[cfg(feature = "planning")]
 mod gaussian;
+#[cfg(feature = "planning")]
+mod loss;
+#[cfg(feature = "planning")]
+mod pld;
 #[cfg(feature = "planning")]
 mod subsampled;
 #[cfg(feature = "planning")]
@@ -32,7 +38,11 @@ pub use rdp::{ORDERS, RdpCurve};
 pub use skellam::Skellam;
 
 #[cfg(feature = "planning")]
+pub use calibrate::{noise_multiplier, noise_multiplier_zcdp};
+#[cfg(feature = "planning")]
 pub use gaussian::{discrete_gaussian_delta, gaussian_delta, gaussian_epsilon, gaussian_sigma};
+#[cfg(feature = "planning")]
+pub use pld::{LOSS_INTERVAL, PrivacyLoss};
 #[cfg(feature = "planning")]
 pub use subsampled::SubsampledGaussian;
 #[cfg(feature = "planning")]
