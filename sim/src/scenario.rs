@@ -189,6 +189,9 @@ pub struct Privacy {
     pub noise_cohort: u32,
     /// Devices of that deployment.
     pub noise_population: u64,
+    /// How its epsilon is found: "rdp" (Renyi divergence) or "pld" (privacy loss distribution, which allows less
+    /// noise).
+    pub noise_accountant: String,
     /// Least share of its cohort that is honest and survives: each device's noise is that much larger.
     pub noise_honest_share: f64,
     /// Clipping norm in units of the integer grid; 0 for a chosen one.
@@ -248,13 +251,54 @@ pub struct Imagined {
     pub noise_multiplier: f64,
     /// Delta of the guarantee.
     pub delta: Delta,
+    /// How epsilon is found.
+    pub accountant: Accountant,
+}
+
+/// Accountants of the Poisson-subsampled Gaussian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accountant {
+    /// By Renyi divergence.
+    Renyi,
+    /// By the privacy loss distribution, from above.
+    LossDistribution,
+}
+
+impl Accountant {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Renyi => "Renyi divergence of the Poisson-subsampled Gaussian",
+            Self::LossDistribution => {
+                "privacy loss distribution of the Poisson-subsampled Gaussian, from above"
+            }
+        }
+    }
 }
 
 impl Imagined {
-    /// Epsilon of the deployment after that many rounds: Renyi accounting of the Poisson-subsampled Gaussian.
+    /// Epsilon of the deployment after that many rounds.
     pub fn epsilon_after(&self, rounds: u32) -> Result<f64> {
         let gaussian = SubsampledGaussian::new(self.noise_multiplier, self.sampling_probability)?;
-        Ok(gaussian.epsilon_rdp(rounds, self.delta).0)
+        match self.accountant {
+            Accountant::Renyi => Ok(gaussian.epsilon_rdp(rounds, self.delta).0),
+            Accountant::LossDistribution => Ok(gaussian.epsilon_pld(rounds, self.delta)?),
+        }
+    }
+
+    /// The least noise, to a thousandth, with which the loss distribution keeps epsilon.
+    fn lower_noise(&mut self, epsilon: f64, rounds: u32) -> Result<()> {
+        let (mut low, mut high) = (0.25, self.noise_multiplier);
+        while high - low > 1e-3 * high {
+            let middle = Self { noise_multiplier: f64::midpoint(low, high), ..*self };
+            if middle.epsilon_after(rounds)? <= epsilon {
+                high = middle.noise_multiplier;
+            } else {
+                low = middle.noise_multiplier;
+            }
+        }
+        self.noise_multiplier = high;
+        Ok(())
     }
 }
 
@@ -429,9 +473,19 @@ impl Scenario {
         let cohort = NoiseCohort { cohort: p.noise_cohort, population: p.noise_population };
         let sampling_probability = f64::from(p.noise_cohort) / p.noise_population as f64;
         let delta = Delta::new(p.delta).context("privacy.delta")?;
-        let noise_multiplier = noise_multiplier(p.epsilon, delta, self.rounds, sampling_probability)
+        let accountant = match p.noise_accountant.as_str() {
+            "rdp" => Accountant::Renyi,
+            "pld" => Accountant::LossDistribution,
+            other => anyhow::bail!("privacy.noise_accountant: {other:?}; rdp or pld"),
+        };
+        let by_renyi = noise_multiplier(p.epsilon, delta, self.rounds, sampling_probability)
             .context("privacy.epsilon")?;
-        Ok(Some(Imagined { cohort, sampling_probability, noise_multiplier, delta }))
+        let mut imagined =
+            Imagined { cohort, sampling_probability, noise_multiplier: by_renyi, delta, accountant };
+        if accountant == Accountant::LossDistribution {
+            imagined.lower_noise(p.epsilon, self.rounds)?;
+        }
+        Ok(Some(imagined))
     }
 
     fn secure_plan(&self) -> Result<SecurePlan> {

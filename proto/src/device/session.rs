@@ -351,3 +351,31 @@ fn verified_plan(
     setup.floors.check(&plan).map_err(|e| e.to_string())?;
     Ok((plan, Digest::of(&bytes).sha256))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::{plan, private_plan};
+
+    /// A coordinator that sends another clipping norm than the plan allows: it could not weaken privacy, but it
+    /// could make one device's update stand out or vanish.
+    #[test]
+    fn clipping_norms_outside_the_plan_are_refused() {
+        let check = |plan: &TaskPlan, norm: f32, expected: Result<f32, &str>| {
+            let found = round_norm(plan, norm).map(ClippingNorm::value);
+            match (found, expected) {
+                (Ok(found), Ok(expected)) => assert!((found - expected).abs() < 1e-9),
+                (Err(found), Err(expected)) => assert!(found.contains(expected), "{found}"),
+                (found, expected) => panic!("{found:?} for {expected:?}"),
+            }
+        };
+        check(&plan(), 0.0, Ok(10.0));
+        check(&plan(), 5.0, Err("the plan's clipping norm does not vary"));
+        check(&private_plan(), 0.0, Ok(10.0));
+        check(&private_plan(), 0.5, Ok(0.5));
+        check(&private_plan(), 0.05, Err("the plan allows 0.1 to 10"));
+        check(&private_plan(), 11.0, Err("the plan allows 0.1 to 10"));
+        check(&private_plan(), f32::NAN, Err("clipping norm NaN"));
+        check(&private_plan(), f32::INFINITY, Err("clipping norm inf"));
+    }
+}

@@ -57,7 +57,7 @@ impl PrivacyReport {
                 sampling_probability: imagined.sampling_probability,
                 epsilon: imagined.epsilon_after(scenario.rounds)?,
                 delta: imagined.delta.value(),
-                accountant: "RDP of the Poisson-subsampled Gaussian".into(),
+                accountant: imagined.accountant.name().into(),
             })
         });
         let survivors = outcome.charges.iter().map(|charge| charge.survivors);
@@ -78,9 +78,9 @@ impl PrivacyReport {
         format!(
             "SIMULATED NOISE COHORT: nobody in this run was protected. Its means carry the noise that they would \
              carry in a deployment with {} of {} devices a round (noise multiplier {noise_multiplier:.4}), whose \
-             devices would have epsilon {epsilon:.2} at delta {delta:e}, each sampled by chance in each round \
-             (Poisson), by RDP.",
-            deployment.cohort, deployment.population
+             devices would have epsilon {epsilon:.2} at delta {delta:e}, each sampled by chance in each round. \
+             Accountant: {}.",
+            deployment.cohort, deployment.population, guarantee.accountant
         )
     }
 }
