@@ -25,7 +25,7 @@ use crate::release::{ReleaseError, ReleaseSlots, ReleaseVersions, ReleasedModel}
 use crate::state::StateLock;
 use crate::transport::Transport;
 
-pub use builder::ClientBuilder;
+pub use builder::{ClientBuilder, privacy_ledger};
 
 /// Events kept for [`Client::poll_events`]; older ones are dropped.
 const EVENTS_MAX: usize = 256;

@@ -28,7 +28,7 @@ mod state;
 mod fixture;
 
 pub use app::{App, Conditions, Consent, ExampleError, ExampleSource};
-pub use client::{Client, ClientBuilder, Step};
+pub use client::{Client, ClientBuilder, Step, privacy_ledger};
 pub use clock::{Clock, SystemClock};
 pub use fleetune_proto::device::{DeviceFloors, Event};
 pub use fleetune_proto::{

@@ -361,5 +361,6 @@ fn table(law: Law) -> Arc<NoiseTable> {
 #[cfg(test)]
 mod tests;
 
-#[cfg(all(test, feature = "planning"))]
+#[cfg(test)]
+#[cfg(feature = "planning")]
 mod audits;

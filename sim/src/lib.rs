@@ -1,5 +1,6 @@
 //! Fleets on one machine, running the shipped device and coordinator sides.
 
+pub mod account;
 pub mod baselines;
 pub mod bench;
 pub mod experiment;

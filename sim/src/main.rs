@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{bench, pretrain, run, tools};
+use fleetune_sim::{account, bench, pretrain, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -22,6 +22,9 @@ enum Command {
     Tokenize(tools::TokenizeArgs),
     /// Continue a text.
     Generate(tools::GenerateArgs),
+    /// Plan a private run: what a mechanism gives away, and how much noise an epsilon needs.
+    #[command(subcommand)]
+    Account(account::Command),
     /// Measure parts of the system by themselves.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -37,6 +40,7 @@ fn main() -> anyhow::Result<()> {
         Command::Eval(args) => tools::eval(&args),
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Generate(args) => tools::generate_text(&args),
+        Command::Account(command) => account::run(&command),
         Command::Bench(command) => bench::run(&command),
         Command::Pretrain(args) => pretrain::run(&args),
     }

@@ -51,8 +51,8 @@ pub struct Report {
     pub aggregation: String,
     /// Numbers of secure aggregation; null under the plaintext protocol.
     pub secure_aggregation: Option<SecureReport>,
-    /// The privacy statement; null until the run is private.
-    pub privacy: Option<serde_json::Value>,
+    /// What is claimed; null for a run without differential privacy.
+    pub privacy: Option<PrivacyReport>,
     /// The same in words.
     pub privacy_in_words: String,
 }

@@ -140,12 +140,12 @@ pub fn run(args: &RunArgs) -> Result<Report> {
         threads,
         aggregation: if is_secure { "secagg+".into() } else { "insecure_plaintext".into() },
         secure_aggregation,
-        privacy: privacy.as_ref().map(serde_json::to_value).transpose()?,
         privacy_in_words: match &privacy {
             Some(privacy) => privacy.in_words(),
             None if is_secure => SECURE.into(),
             None => PLAINTEXT.into(),
         },
+        privacy,
     };
     write_out(&args.out, &report, &adapter, &outcome)?;
     print!("{}", table::table(&report));

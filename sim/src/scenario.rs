@@ -5,7 +5,9 @@ use anyhow::{Context, Result, ensure};
 use fleetune_coordinator::{NoiseSpec, PrivacySpec, ServerOptimizer};
 use fleetune_model::adapter::LoraConfig;
 use fleetune_model::config::Projection;
-use fleetune_privacy::{AdaptationTarget, ClippingNorm, Delta, Mechanism, NoiseCohort, SubsampledGaussian};
+use fleetune_privacy::{
+    AdaptationTarget, ClippingNorm, Delta, Mechanism, NoiseCohort, SubsampledGaussian, noise_multiplier,
+};
 use fleetune_proto::{
     AggregationPlan, AggregationProtocol, Optimizer, SecurePlan, TrainingPlan, round::RoundPolicy,
 };
@@ -475,15 +477,6 @@ impl Scenario {
             other => anyhow::bail!("server.optimizer: {other:?}; fedavg, fedavgm or fedadam"),
         }
     }
-}
-
-fn noise_multiplier(epsilon: f64, delta: Delta, steps: u32, q: f64) -> Result<f64> {
-    let (mut low, mut high) = (0.06, 1e4);
-    for _ in 0..60 {
-        let z = 0.5 * (low + high);
-        if SubsampledGaussian::new(z, q)?.epsilon_rdp(steps, delta).0 > epsilon { low = z } else { high = z }
-    }
-    Ok(high)
 }
 
 /// Lays `own` over `table`, key by key.

@@ -110,6 +110,27 @@ fn the_coordinator_core_and_the_embedded_client_build_without_tonic() {
     }
 }
 
+/// Noise that a seed repeats protects nobody: a device's program is built without the feature that has it.
+#[test]
+fn a_device_cannot_be_built_with_seeded_noise_and_a_simulator_is() {
+    let features = |package: &str| {
+        let arguments =
+            ["tree", "--prefix", "none", "--format", "{p} {f}", "--edges", "normal", "-p", package];
+        let shown = output(&mut cargo(&arguments));
+        let line = shown.lines().find(|line| line.starts_with("fleetune-privacy")).expect("it is there");
+        line.to_owned()
+    };
+    for package in ["fleetune-client", "fleetune-coordinator", "fleetune-proto"] {
+        assert!(!features(package).contains("simulation"), "{}", features(package));
+    }
+    assert!(features("fleetune-sim").contains("simulation"));
+    for path in files("client", "rs").into_iter().chain(files("proto", "rs")) {
+        let path = path.display().to_string();
+        let seeded = read(&path).lines().any(|line| code(line).contains("NoiseOrigin::simulated"));
+        assert!(!seeded, "{path} asks for seeded noise");
+    }
+}
+
 #[test]
 fn sources_name_a_family_only_behind_its_door() {
     let places = [("burn", "model/src/"), ("sqlx", "coordinator/src/store"), ("opendp", "privacy/src/")];

@@ -7,16 +7,19 @@
 
 mod seeds;
 
+use fleetune_privacy::{Ledger, PrivacyPolicy, PrivacyStatement, spent_epsilon};
+use fleetune_proto::device::DeviceRecord;
 use fleetune_proto::{PopulationPolicy, Purpose, ReleaseManifest, TaskPlan, TrustRoot, secure, wire};
 use fleetune_secagg::{Certificate, Device, RingBits, RingVector, SurvivorSet};
 use prost::Message;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
 use std::{fs, panic, path::PathBuf};
 
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 13] = [
+const TARGETS: [Target; 17] = [
     ("ring_vector", ring_vector),
     ("certificate", certificate),
     ("survivor_set", survivor_set),
@@ -30,6 +33,10 @@ const TARGETS: [Target; 13] = [
     ("policy", policy),
     ("manifest", manifest),
     ("envelope", envelope),
+    ("private_plan", private_plan),
+    ("ledger", ledger),
+    ("device_record", device_record),
+    ("statement", statement),
 ];
 
 #[test]
@@ -180,6 +187,35 @@ fn reveal_shares(input: &[u8]) {
 fn task_plan(input: &[u8]) {
     if let Ok(plan) = TaskPlan::parse(input) {
         assert_eq!(TaskPlan::parse(&plan.to_bytes()).ok(), Some(plan));
+    }
+}
+
+/// A plan that a device accepts must not stop it later: all that follows from it is worked out.
+fn private_plan(input: &[u8]) {
+    let Ok(plan) = TaskPlan::parse(input) else { return };
+    let Some(privacy) = plan.privacy_plan() else { return };
+    let (epsilon, _) = privacy.task_curve().epsilon(privacy.parameters().delta);
+    assert!(!epsilon.is_nan() && !privacy.participation_rho().is_nan());
+    assert!(privacy.bound().squared() > 0 && plan.vector_len() >= plan.adapter.dimension);
+    let _ = (PrivacyPolicy::default().check_plan(Some(&privacy)), privacy.local_curve());
+}
+
+/// Bodies with a checksum that fits: what an attacker on the disk would write.
+fn ledger(input: &[u8]) {
+    let bytes = [input, Sha256::digest(input).as_slice()].concat();
+    let Some(ledger) = Ledger::from_bytes(&bytes) else { return };
+    assert_eq!(ledger.to_bytes(), bytes);
+    assert!(!spent_epsilon(&ledger.spent_in_all(), PrivacyPolicy::default().delta).is_nan());
+}
+
+fn device_record(input: &[u8]) {
+    let _ = DeviceRecord::from_bytes(input.to_vec()).ledger();
+}
+
+fn statement(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Ok(statement) = PrivacyStatement::from_json(text) {
+        assert!(!statement.words().is_empty());
     }
 }
 

@@ -4,6 +4,7 @@ mod architecture;
 mod disclosure;
 mod documents;
 mod fuzz;
+mod privacy;
 mod processes;
 mod ratchet;
 mod secure;

@@ -4,6 +4,7 @@ mod fleet;
 mod full_disk;
 mod hostile;
 mod killed;
+mod private;
 mod scripted;
 mod tls;
 

@@ -1,11 +1,11 @@
 //! Setting a client up.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fleetune_model::train::TrainerOptions;
-use fleetune_privacy::NoiseOrigin;
+use fleetune_privacy::{Ledger, NoiseOrigin};
 use fleetune_proto::device::{Device, DeviceFloors, DeviceRecord, DeviceSetup};
 use fleetune_proto::{AggregationProtocol, Name, TrustRoot};
 use fleetune_secagg::{Certificate, Registrars};
@@ -36,6 +36,20 @@ pub struct ClientBuilder {
 
 /// Largest record of a device: a masked update and what is around it.
 const RECORD_BYTES_MAX: u64 = 2 << 30;
+
+/// What a device has given away so far, from its state directory; also while it runs.
+///
+/// # Errors
+/// [`StoreError`] when the record is damaged: an empty ledger in its place would be a lie.
+pub fn privacy_ledger(state: &Path) -> Result<Ledger, StoreError> {
+    let path = state.join("aggregation");
+    match files::read_if_there(&path, RECORD_BYTES_MAX)? {
+        Some(bytes) => DeviceRecord::from_bytes(bytes)
+            .ledger()
+            .map_err(|error| StoreError::damaged(&path, error.to_string())),
+        None => Ok(Ledger::default()),
+    }
+}
 
 impl ClientBuilder {
     /// A device of that population, with its files in `state`, that obeys only what `trust_root` signed.

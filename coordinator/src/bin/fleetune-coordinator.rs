@@ -111,6 +111,7 @@ async fn status(config: &Path, json: bool) -> Result<()> {
             "rounds": task.rounds,
             "checkpoint": task.progress.map(|progress| progress.checkpoint.hex()),
             "attempts": attempts,
+            "privacy_ledger": store.charges(&task.name).await?,
         }));
     }
     let releases = store.releases().await?.into_iter().map(|release| {
@@ -122,6 +123,7 @@ async fn status(config: &Path, json: bool) -> Result<()> {
             "rounds": release.manifest.rounds,
             "created_unix_ms": release.manifest.created.0,
             "expires_unix_ms": release.manifest.expires.0,
+            "privacy_statement": release.manifest.privacy_statement,
         })
     });
     let status = serde_json::json!({
@@ -153,10 +155,24 @@ fn table(status: &serde_json::Value) -> String {
                 attempt["withdrawn"]
             ));
         }
+        for sum in list(&task["privacy_ledger"]) {
+            lines.push(format!(
+                "  round {} attempt {} cohort {}: {} opened, {} survivors, rho {:.5}, epsilon {:.3} at delta {:e}",
+                sum["round"],
+                sum["attempt"],
+                sum["cohort"],
+                text(&sum["purpose"]),
+                sum["survivors"],
+                sum["rho"].as_f64().unwrap_or(f64::NAN),
+                sum["epsilon"].as_f64().unwrap_or(f64::NAN),
+                sum["delta"].as_f64().unwrap_or(f64::NAN)
+            ));
+        }
     }
     for release in list(&status["releases"]) {
         let (task, adapter) = (text(&release["task"]), text(&release["adapter"]));
         lines.push(format!("release {}: task {task}, adapter {adapter}", release["version"]));
+        lines.push(format!("  {}", text(&release["privacy_statement"])));
     }
     lines.join("\n")
 }

@@ -7,7 +7,7 @@ mod lines;
 mod plot;
 mod text;
 
-use super::{LocalOnlyReport, ReleaseReport, Report, Sample, words};
+use super::{LocalOnlyReport, PrivacyReport, ReleaseReport, Report, Sample, words};
 use lines::Scope;
 use text::{escape, folded, table};
 
@@ -96,6 +96,33 @@ fn perplexity(nll: f64) -> String {
     if nll.is_finite() { format!("{:.1}", nll.exp()) } else { words::nll(f64::NAN) }
 }
 
+/// A drawing of epsilon by round as a file of its own.
+pub(crate) fn epsilon_svg(epsilons: &[f64], label: &str) -> String {
+    lines::epsilon_drawing(epsilons, label, STYLE)
+}
+
+/// A private run: what is claimed for whom, the curve, and the whole statement.
+fn private(privacy: &PrivacyReport) -> (&'static str, &'static str, String) {
+    let simulated = privacy.simulated_noise_cohort.is_some();
+    let label =
+        if simulated { "of the deployment that is imagined" } else { "of a device in every round it may" };
+    let plot = lines::epsilon_plot(&privacy.epsilon_by_round, label);
+    let json = serde_json::to_value(privacy).unwrap_or_default();
+    let title = if simulated { "Privacy: a simulated noise cohort" } else { "Privacy" };
+    let ledger = format!(
+        "<p>The coordinator's ledger: {} opened, of at least {}.</p>",
+        words::plural(u64::from(privacy.sums_opened), "sum"),
+        words::plural(u64::from(privacy.survivors_least), "contribution"),
+    );
+    let body = format!(
+        "{ledger}<div class=\"plots\"><figure><figcaption>Epsilon by round</figcaption>{plot}</figure></div>\n\
+         <details><summary>The statement, as signed with the release</summary><p>{}</p><pre>{}</pre></details>",
+        escape(&privacy.statement.words()),
+        escape(&pretty(&json))
+    );
+    (if simulated { "warning" } else { "" }, title, body)
+}
+
 fn privacy(report: &Report) -> String {
     let (class, title, statement) = match &report.privacy {
         None => (
@@ -105,7 +132,7 @@ fn privacy(report: &Report) -> String {
              made for the people whose texts were trained on.</p>"
                 .into(),
         ),
-        Some(statement) => ("", "Privacy", format!("<pre>{}</pre>", escape(&pretty(statement)))),
+        Some(privacy) => private(privacy),
     };
     format!(
         "<section class=\"privacy {class}\">\n<h2>{title}</h2>\n<p>{}</p>\n{statement}\n\
@@ -377,8 +404,14 @@ mod tests {
     fn a_run_without_privacy_says_so_in_words() {
         let mut report = sample::report();
         assert!(render(&report).contains("Privacy: none"));
-        report.privacy = Some(serde_json::json!({"epsilon": 2.0}));
-        assert!(!render(&report).contains("Privacy: none"));
+        report.privacy = Some(sample::privacy());
+        let page = render(&report);
+        check_tags(&page);
+        assert!(
+            !page.contains("Privacy: none") && page.contains("Privacy: a simulated noise cohort"),
+            "{page}"
+        );
+        assert!(page.contains("Epsilon by round") && page.contains("round 16: epsilon 2.000"), "{page}");
     }
 
     #[test]

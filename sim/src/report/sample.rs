@@ -1,6 +1,7 @@
 //! A made-up report for the tests of the page and the table. Its names carry markup on purpose.
 
 use super::*;
+use fleetune_privacy::{NoiseCohort, PrivacyStatement, StatementParts};
 
 pub(super) fn report() -> Report {
     let rounds: Vec<RoundReport> = (1..=16).map(round).collect();
@@ -124,5 +125,32 @@ fn scores(eval_nll: f64, heldout_nll: f64) -> Scores {
         heldout_nll,
         eval_accuracy: 0.9 - eval_nll / 7.0,
         heldout_accuracy: 0.9 - heldout_nll / 7.0,
+    }
+}
+
+/// A private run with the noise of an imagined cohort.
+pub(super) fn privacy() -> PrivacyReport {
+    let parts = StatementParts {
+        population: "simulated",
+        task: "lora",
+        rounds: 16,
+        aggregation: "secagg+",
+        survivors_min: 4,
+        summands_max: 8,
+    };
+    PrivacyReport {
+        statement: PrivacyStatement::new(&parts, None),
+        simulated_noise_cohort: Some(privacy::SimulatedGuarantee {
+            deployment: NoiseCohort { cohort: 1000, population: 1_000_000 },
+            noise_multiplier: 0.6783,
+            sampling_probability: 1e-3,
+            epsilon: 2.0,
+            delta: 1e-6,
+            accountant: "RDP".into(),
+        }),
+        participations_most: 0,
+        sums_opened: 16,
+        survivors_least: 7,
+        epsilon_by_round: (1..=16).map(|round| 1.0 + f64::from(round) / 16.0).collect(),
     }
 }

@@ -1,7 +1,11 @@
 //! The seeds of the corpora: messages of a real session of four devices, and real documents.
 
 use ed25519_dalek::SigningKey;
-use fleetune_privacy::ClippingNorm;
+use fleetune_privacy::{
+    Charge, ClipAdaptation, ClippingNorm, Delta, GridVariance, Ledger, Mechanism, NoiseCohort,
+    PrivacyParameters, PrivacyPolicy, PrivacyStatement, Purpose as BudgetPurpose, RdpCurve, Scope,
+    StatementParts,
+};
 use fleetune_proto::{
     AdapterPlan, AggregationPlan, AggregationProtocol, Digest, Name, Optimizer, PopulationPolicy, Purpose,
     ReleaseManifest, SecurePlan, TaskOffer, TaskPlan, TrainingPlan, UnixMillis, seal, secure, wire,
@@ -13,6 +17,7 @@ use fleetune_secagg::{
 use prost::Message;
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
+use sha2::{Digest as _, Sha256};
 use std::{fs, path::PathBuf};
 
 pub(super) fn folder(name: &str) -> PathBuf {
@@ -46,6 +51,10 @@ pub(super) fn all() -> Vec<(&'static str, Vec<u8>)> {
         ("task_plan", plan().to_bytes()),
         ("policy", policy().to_bytes()),
         ("manifest", manifest().to_bytes()),
+        ("private_plan", private_plan().to_bytes()),
+        ("ledger", ledger()),
+        ("device_record", device_record()),
+        ("statement", statement().into_bytes()),
         ("envelope", seal(Purpose::Plan, plan().to_bytes(), &[&signing_key()])),
     ]);
     seeds
@@ -179,6 +188,67 @@ fn plan() -> TaskPlan {
         rounds: 3,
         expires: UnixMillis(1_000_000),
     }
+}
+
+fn private_plan() -> TaskPlan {
+    let norm = |value| ClippingNorm::new(value).expect("a norm");
+    let variance = |value| GridVariance::at_least(value).expect("a variance");
+    let norms = (norm(0.1), norm(10.0));
+    let mut plan = plan();
+    plan.aggregation.summands_min = 14;
+    plan.aggregation.privacy = Some(PrivacyParameters {
+        mechanism: Mechanism::Skellam,
+        clip_units: 64,
+        variance: variance(4000.0),
+        honest_survivors_min: 4,
+        colluders_max: 10,
+        participations_max: 3,
+        separation_ms: 1000,
+        separation_rounds: 1,
+        delta: Delta::new(1e-6).expect("a probability"),
+        adaptation: Some(ClipAdaptation::new(0.5, 0.2, norms, variance(40_000.0)).expect("sound")),
+        noise_cohort: Some(NoiseCohort { cohort: 1000, population: 1_000_000 }),
+    });
+    plan
+}
+
+/// Without its checksum, which the target adds.
+fn ledger() -> Vec<u8> {
+    let charge = Charge {
+        scope: Scope::of_task("roles", "lora"),
+        purpose: BudgetPurpose::Training,
+        id: [7; 32],
+        round: 2,
+        curve: RdpCurve::from_fn(|order| 0.05 * f64::from(order)),
+        participations_max: 3,
+        separation_ms: 1000,
+        separation_rounds: 1,
+    };
+    let mut ledger = Ledger::default();
+    ledger.charge(&charge, &PrivacyPolicy::default(), 5000).expect("within budget");
+    let bytes = ledger.to_bytes();
+    bytes[..bytes.len() - 32].to_vec()
+}
+
+/// A record with nothing but a ledger: the one field of a device that has finished its session.
+fn device_record() -> Vec<u8> {
+    let body = ledger();
+    let bytes = [body.as_slice(), Sha256::digest(&body).as_slice()].concat();
+    let mut record = vec![3 << 3 | 2];
+    prost::encode_length_delimiter(bytes.len(), &mut record).expect("room");
+    [record, bytes].concat()
+}
+
+fn statement() -> String {
+    let parts = StatementParts {
+        population: "roles",
+        task: "lora",
+        rounds: 3,
+        aggregation: "secagg+",
+        survivors_min: 14,
+        summands_max: 16,
+    };
+    PrivacyStatement::new(&parts, None).to_json()
 }
 
 fn policy() -> PopulationPolicy {

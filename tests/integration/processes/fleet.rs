@@ -40,6 +40,8 @@ pub(super) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Aggregation {
     Secure,
+    /// With differential privacy; a device takes part twice at most.
+    Private,
     InsecurePlaintext,
 }
 
@@ -54,6 +56,11 @@ impl Site {
     /// Data for `users` devices, and a coordinator's configuration with one task on the embedded base.
     pub(super) fn new(users: usize, round: &str, rounds: u32, steps: u32) -> Self {
         Self::with(Aggregation::Secure, users, round, rounds, steps)
+    }
+
+    /// The same with differential privacy.
+    pub(super) fn private(users: usize, round: &str, rounds: u32, steps: u32) -> Self {
+        Self::with(Aggregation::Private, users, round, rounds, steps)
     }
 
     /// The same without secure aggregation.
@@ -155,7 +162,7 @@ impl Site {
             Aggregation::InsecurePlaintext => {
                 command.arg("--insecure-allow-plaintext-aggregation");
             }
-            Aggregation::Secure => {
+            Aggregation::Secure | Aggregation::Private => {
                 let state = self.path(&format!("state-{user}"));
                 let mut identity = Command::new(program("fleetune-device"));
                 let public_key = printed(identity.args(["identity", "--state"]).arg(state));
@@ -196,6 +203,13 @@ impl Site {
     /// The task's next round.
     pub(super) fn round(&self) -> u64 {
         self.status()["tasks"][0]["round"].as_u64().unwrap_or(0)
+    }
+
+    /// `fleetune-device privacy --json`.
+    pub(super) fn device_privacy(&self, user: usize) -> Value {
+        let mut command = Command::new(program("fleetune-device"));
+        command.args(["privacy", "--json", "--state"]).arg(self.path(&format!("state-{user}")));
+        json_of(&mut command)
     }
 
     /// `fleetune-device status --json`; null before the device has a state.
@@ -268,6 +282,7 @@ fn printed(command: &mut Command) -> String {
 fn config(aggregation: Aggregation, registrar: &str, round: &str, rounds: u32, steps: u32) -> String {
     let protocol = match aggregation {
         Aggregation::Secure => "",
+        Aggregation::Private => "cohort_max = 8\n[task.privacy]\nenabled = true\nparticipations_max = 2",
         Aggregation::InsecurePlaintext => "protocol = \"insecure_plaintext\"\nsummands_min = 2",
     };
     format!(

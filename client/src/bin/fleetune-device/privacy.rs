@@ -6,16 +6,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use fleetune_client::files;
+use fleetune_client::privacy_ledger;
 use fleetune_client::release::ReleaseSlots;
 use fleetune_privacy::{Ledger, PrivacyPolicy, PrivacyStatement, Purpose, spent_epsilon};
-use fleetune_proto::device::DeviceRecord;
 use serde::Serialize;
 
 use crate::settings::Settings;
-
-/// Largest record that a device writes, bytes.
-const RECORD_BYTES_MAX: u64 = 2 << 30;
 
 /// Flags of `privacy`.
 #[derive(Args)]
@@ -73,13 +69,7 @@ pub(crate) fn privacy(arguments: &PrivacyArguments) -> Result<()> {
 
 fn read(arguments: &PrivacyArguments) -> Result<Account> {
     let policy = Settings::load(&arguments.state)?.privacy.policy()?;
-    let path = arguments.state.join("aggregation");
-    let ledger = match files::read_if_there(&path, RECORD_BYTES_MAX)? {
-        Some(bytes) => {
-            DeviceRecord::from_bytes(bytes).ledger().with_context(|| path.display().to_string())?
-        }
-        None => Ledger::default(),
-    };
+    let ledger = privacy_ledger(&arguments.state)?;
     let slots = ReleaseSlots::open(&arguments.state)?;
     let release_version = slots.versions().active;
     let manifest = release_version.map(|version| slots.manifest(version)).transpose()?;

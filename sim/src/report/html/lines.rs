@@ -87,6 +87,37 @@ pub(super) fn update_norm_plot(rounds: &[RoundReport]) -> String {
     plot.draw(&line(&plot, &points, "federated"))
 }
 
+/// Epsilon after each round.
+pub(super) fn epsilon_plot(epsilons: &[f64], label: &str) -> String {
+    let (plot, points) = epsilon_lines(epsilons, label);
+    plot.draw(&line(&plot, &points, "federated"))
+}
+
+/// The same as a drawing that stands alone.
+pub(super) fn epsilon_drawing(epsilons: &[f64], label: &str, style: &str) -> String {
+    let (plot, points) = epsilon_lines(epsilons, label);
+    plot.draw_alone(&line(&plot, &points, "federated"), style)
+}
+
+fn epsilon_lines(epsilons: &[f64], label: &str) -> (Plot, Vec<Point>) {
+    let point = |(round, epsilon): (u32, &f64)| {
+        let words = format!("round {round}: epsilon {}", words::nll(*epsilon));
+        Point { x: f64::from(round), y: *epsilon, words }
+    };
+    let points: Vec<Point> = (1..).zip(epsilons).map(point).collect();
+    let last = words::nll_or_nothing(epsilons.last().copied());
+    let plot = Plot {
+        id: "epsilon",
+        title: "Epsilon by round".into(),
+        description: format!("After {} it is {last}.", words::plural(points.len() as u64, "round")),
+        x: Axis::within("round", points.iter().map(|point| point.x), 8),
+        upper: None,
+        y: Axis::around("epsilon", epsilons.iter().copied().chain([0.0]), 5),
+        legend: vec![line_entry("federated", "dot", label.to_owned())],
+    };
+    (plot, points)
+}
+
 /// The rounds as an x axis, half a round of room at both ends.
 pub(super) fn round_axis(rounds: &[RoundReport]) -> Axis {
     let last = rounds.last().map_or(1, |round| round.round);

@@ -81,6 +81,25 @@ impl Plot {
         drawing(self.id, HEIGHT, &self.title, &self.description, &parts.concat())
     }
 
+    /// The same as a file of its own, with its title above and its colours inside.
+    pub(super) fn draw_alone(&self, marks: &str, style: &str) -> String {
+        let whole = self.draw(marks);
+        let opening = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT:.0}\"");
+        let (left, height) = (WIDTH / 2.0, HEIGHT + 28.0);
+        let alone = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 -28 {WIDTH} {height:.0}\" width=\"{:.0}\" \
+             height=\"{:.0}\" font-family=\"system-ui, sans-serif\"",
+            WIDTH * 2.0,
+            height * 2.0
+        );
+        let title = text(left, -10.0, "title", &self.title);
+        let paper = format!(
+            "<rect x=\"0\" y=\"-28\" width=\"{WIDTH}\" height=\"{height:.0}\" fill=\"var(--paper)\"/>"
+        );
+        let body = whole.replacen(&opening, &alone, 1);
+        body.replacen("</desc>", &format!("</desc><style>{style}</style>{paper}{title}"), 1)
+    }
+
     fn top(&self) -> f64 {
         if self.upper.is_some() { TOP + UPPER_AXIS } else { TOP }
     }
