@@ -191,7 +191,7 @@ fn gaussian(args: &Gaussian) -> Result<Answer> {
     let delta = Delta::new(args.delta)?;
     ensure!(args.steps > 0, "--steps: at least 1");
     let (rdp, order) = mechanism.epsilon_rdp(args.steps, delta);
-    let pld = mechanism.epsilon_pld(args.steps, delta)?;
+    let pld = mechanism.epsilon_pld(args.steps, delta);
     let curve = curve(args.steps, &args.output, |steps| Ok(mechanism.epsilon_rdp(steps, delta).0))?;
     Ok(Answer {
         json: json!({"epsilon_rdp": rdp, "epsilon_pld": pld, "order": order, "delta": args.delta}),

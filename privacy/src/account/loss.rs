@@ -44,12 +44,12 @@ pub(crate) struct Losses {
 impl Losses {
     /// No losses yet, with room for those in [`low`, `high`].
     pub(crate) fn empty(interval: f64, low: f64, high: f64) -> Result<Self, AccountError> {
-        let fits = interval > 0.0 && (high - low) / interval < ROUND_CELLS_MAX;
+        let fits = interval >= 1e-12 && (high - low) / interval < ROUND_CELLS_MAX;
         AccountError::check(
             fits,
             "interval",
             interval,
-            "positive and no finer than 2^-23 of the losses' range",
+            "at least 1e-12, and at least 2^-23 of the losses' range",
         )?;
         let (first, last) = ((low / interval).floor() as i64, (high / interval).floor() as i64 + 1);
         Ok(Self { interval, first, mass: vec![0.0; (last - first + 1) as usize], infinite: 0.0 })
@@ -292,16 +292,12 @@ fn window(parts: &[(&Losses, u32)], interval: f64, cumulants: &[(f64, f64)], tar
         parts.iter().map(|(part, times)| of(part) * i64::from(*times)).sum()
     };
     let (lowest, highest) = (sum(|part| part.first), sum(Losses::last));
+    // Casts of floats saturate.
     let last = (top / interval).ceil() as i64;
     let above = if last < highest { ln_above.exp() } else { 0.0 };
     let last = last.clamp(lowest, highest);
-    Window {
-        theta,
-        ln_total,
-        first: ((bottom / interval).floor() as i64 - 1).clamp(lowest, last),
-        last,
-        above,
-    }
+    let first = ((bottom / interval).floor() as i64).saturating_sub(1).clamp(lowest, last);
+    Window { theta, ln_total, first, last, above }
 }
 
 /// By how much delta's bound is below Chernoff's, in ln: the last terms of [`super::convert::ln_delta_at`].
