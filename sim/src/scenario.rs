@@ -282,7 +282,7 @@ impl Imagined {
         let gaussian = SubsampledGaussian::new(self.noise_multiplier, self.sampling_probability)?;
         match self.accountant {
             Accountant::Renyi => Ok(gaussian.epsilon_rdp(rounds, self.delta).0),
-            Accountant::LossDistribution => Ok(gaussian.epsilon_pld(rounds, self.delta)?),
+            Accountant::LossDistribution => Ok(gaussian.epsilon_pld(rounds, self.delta)),
         }
     }
 

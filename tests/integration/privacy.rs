@@ -89,7 +89,6 @@ fn session(plan: &PrivacyPlan, survivors: usize) -> Result<(Vec<f64>, Vec<f32>),
             places.iter().for_each(|place| bitmap[*place as usize / 8] |= 1 << (place % 8));
             SurvivorSet::from_bytes(DEVICES as u32, &bitmap).expect("ten bits")
         }
-        Err(other) => panic!("{other}"),
     };
     for (device, identity, place) in devices.iter_mut().take(survivors) {
         let confirmation = device.handle_survivors(&named, &policy, identity)?;
