@@ -200,7 +200,8 @@ fn skellam_weights(variance: GridVariance) -> Vec<UBig> {
     weights
 }
 
-/// 20 standard deviations and 80 units: beyond, both laws weigh less than 2^-256 of their middle.
+/// 20 standard deviations and 80 units: beyond, both laws weigh less than 2^-256 of their middle, so that what is
+/// left out moves no cumulative probability by 2^-200.
 fn start_of_tail(variance: GridVariance) -> usize {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
     let start = (20.0 * variance.value().sqrt()).ceil() as usize + 80;
