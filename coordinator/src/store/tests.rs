@@ -2,8 +2,8 @@
 
 use super::{Store, StoreError};
 use crate::{
-    AggregationRecord, CohortRecord, Commit, PublishedRelease, RoundOutcome, RoundRecord, TaskProgress,
-    config::Storage, machine::CommitId,
+    AggregationRecord, CohortRecord, Commit, PublishedRelease, RoundOutcome, RoundRecord, SumCharge,
+    TaskProgress, config::Storage, machine::CommitId,
 };
 use fleetune_proto::{Digest, Name, ReleaseManifest, UnixMillis};
 use std::{path::Path, sync::Arc};
@@ -120,6 +120,40 @@ async fn what_is_kept_comes_back_after_a_restart() {
     assert_eq!(rounds, [commit(0, 1, true).record.unwrap(), last.record.unwrap()]);
     assert_eq!(store.releases().await.unwrap(), [release(1, Digest::of(&adapter))]);
     assert_eq!(store.blobs().read(&Digest::of(&adapter)).unwrap(), *adapter);
+}
+
+#[tokio::test]
+async fn charges_are_written_once_and_outlive_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let charge = |attempt: u32, survivors: u32| SumCharge {
+        task: name("lora"),
+        round: 2,
+        attempt,
+        cohort: 0,
+        survivors,
+        honest: survivors - 1,
+        rho: 0.125,
+        epsilon: 2.5,
+        delta: 1e-6,
+        simulated: false,
+    };
+    {
+        let store = begun(folder.path()).await;
+        store.charge(&charge(0, 9), UnixMillis(5)).await.unwrap();
+        // The process died before it opened the sum: the same sum again is the same row.
+        store.charge(&charge(0, 9), UnixMillis(6)).await.unwrap();
+        store.charge(&charge(1, 8), UnixMillis(7)).await.unwrap();
+        store.keep(&commit(1, 0, false)).await.unwrap();
+    }
+    let store = open(folder.path()).await.unwrap();
+    let charges = store.charges(&name("lora")).await.unwrap();
+    let seen: Vec<_> =
+        charges.iter().map(|c| (c.attempt, c.survivors, c.honest, c.charged_unix_ms)).collect();
+    assert_eq!(seen, [(0, 9, 8, 5), (1, 8, 7, 7)]);
+    assert!(charges.iter().all(|c| c.purpose == "training" && c.rho == 0.125 && c.epsilon == 2.5));
+    assert!(store.charges(&name("other")).await.unwrap().is_empty());
+    let progress = store.task(&name("lora")).await.unwrap().unwrap().progress.unwrap();
+    assert_eq!(progress.clipping_norm, Some(0.5));
 }
 
 #[tokio::test]
