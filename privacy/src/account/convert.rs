@@ -62,7 +62,9 @@ const OUTWARD: f64 = 1e-13;
 /// `rdp + (ln(1/delta) - ln(alpha - 1) + alpha ln(1 - 1/alpha)) / (alpha - 1)`.
 pub(crate) fn epsilon_at(alpha: f64, rdp: f64, delta: Delta) -> f64 {
     let tail = -delta.value().ln() - (alpha - 1.0).ln() + alpha * (-1.0 / alpha).ln_1p();
-    (rdp + tail / (alpha - 1.0)).max(0.0)
+    let epsilon = rdp + tail / (alpha - 1.0);
+    // `max` would turn what is not a number into no loss at all.
+    if epsilon.is_nan() { f64::INFINITY } else { epsilon.max(0.0) }
 }
 
 /// ln(delta) at `epsilon` of a mechanism whose Rényi divergence of order `alpha` is `rdp`; the same source.
@@ -170,5 +172,6 @@ mod tests {
         let delta = Delta::new(1e-6).unwrap();
         assert!(zcdp_epsilon(f64::NAN, delta).is_err() && zcdp_epsilon(-1.0, delta).is_err());
         assert_eq!(zcdp_epsilon(0.0, delta).unwrap(), 0.0);
+        assert_eq!(epsilon_at(2.0, f64::NAN, delta), f64::INFINITY);
     }
 }
