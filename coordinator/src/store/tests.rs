@@ -226,7 +226,7 @@ async fn a_damaged_blob_is_found_when_it_is_read() {
 async fn an_unknown_schema_is_refused_and_so_is_a_file_that_is_no_database() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path()).await.unwrap();
-    sqlx::query("UPDATE _sqlx_migrations SET version = 3 WHERE version = 2")
+    sqlx::query("UPDATE _sqlx_migrations SET version = 99 WHERE version = 3")
         .execute(&store.pool)
         .await
         .unwrap();
@@ -247,9 +247,12 @@ async fn the_records_of_the_first_schema_are_read_after_the_migration() {
     let folder = tempfile::tempdir().unwrap();
     let store = begun(folder.path()).await;
     store.keep(&commit(1, 0, false)).await.unwrap();
-    for statement in
-        ["ALTER TABLE rounds DROP COLUMN aggregation", "DELETE FROM _sqlx_migrations WHERE version = 2"]
-    {
+    for statement in [
+        "ALTER TABLE rounds DROP COLUMN aggregation",
+        "ALTER TABLE tasks DROP COLUMN clipping_norm",
+        "DROP TABLE privacy_ledger",
+        "DELETE FROM _sqlx_migrations WHERE version >= 2",
+    ] {
         sqlx::query(statement).execute(&store.pool).await.unwrap();
     }
     drop(store);
@@ -257,6 +260,8 @@ async fn the_records_of_the_first_schema_are_read_after_the_migration() {
     let record =
         RoundRecord { aggregation: AggregationRecord::default(), ..commit(1, 0, false).record.unwrap() };
     assert_eq!(store.rounds(&name("lora")).await.unwrap(), [record]);
+    assert_eq!(store.task(&name("lora")).await.unwrap().unwrap().progress.unwrap().clipping_norm, None);
+    assert!(store.charges(&name("lora")).await.unwrap().is_empty());
 }
 
 #[tokio::test]
