@@ -554,6 +554,12 @@ mod tests {
         Scenario::default_fleet().unwrap();
         let reference = Scenario::smollm2().unwrap();
         assert_eq!((reference.fleet.cohort, reference.rounds, reference.devices.dropout), (8, 16, 0.0));
+        let private = Scenario::default_fleet().unwrap().made_private().unwrap();
+        assert!(private.privacy.enabled && private.adapter.freeze_a && private.privacy.noise_cohort == 1000);
+        let better = include_str!("../scenarios/smollm2_private.toml");
+        let better = Scenario::from_toml("scenarios/smollm2_private.toml", better).unwrap();
+        let (z, reference) = (better.imagined().unwrap().unwrap(), private.imagined().unwrap().unwrap());
+        assert_eq!((z.cohort, z.delta, better.privacy.epsilon), (reference.cohort, reference.delta, 2.0));
     }
 
     #[test]

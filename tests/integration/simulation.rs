@@ -1,5 +1,6 @@
 //! The simulator as a whole: what a run leaves behind, and that it depends on nothing but its seed.
 
+use fleetune_privacy::Guarantee;
 use fleetune_sim::{
     report::Report,
     run::{RunArgs, run},
@@ -28,8 +29,12 @@ steps = 2
 ";
 
 fn run_with(folder: &Path, threads: usize, seed: u64) -> (Report, Value) {
+    run_scenario(folder, SCENARIO, threads, seed)
+}
+
+fn run_scenario(folder: &Path, scenario_text: &str, threads: usize, seed: u64) -> (Report, Value) {
     let scenario = folder.join("scenario.toml");
-    fs::write(&scenario, SCENARIO).expect("a scenario file");
+    fs::write(&scenario, scenario_text).expect("a scenario file");
     let out = folder.join(format!("out-{threads}-{seed}"));
     let args = RunArgs {
         scenario: Some(scenario),
@@ -74,6 +79,42 @@ fn a_run_depends_on_its_seed_alone() {
     holds_what_readers_expect(&json);
     assert!(one.rounds.iter().any(|round| round.dropped > 0), "the scenario loses devices");
     assert_eq!(without_times(one), without_times(three));
+}
+
+/// What `--privacy` lays over a scenario, at the size of a test.
+const PRIVATE: &str = "
+[adapter]
+targets = [\"q\", \"v\"]
+freeze_a = true
+[privacy]
+enabled = true
+epsilon = 8.0
+participations_max = 2
+";
+
+#[test]
+fn a_private_run_says_what_it_claims_and_is_repeated_by_its_seed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (one, json) = run_scenario(folder.path(), &format!("{SCENARIO}{PRIVATE}"), 2, 7);
+    let (again, _) = run_scenario(folder.path(), &format!("{SCENARIO}{PRIVATE}"), 1, 7);
+    assert_eq!(one.r#final.adapter_sha256, again.r#final.adapter_sha256);
+    let privacy = one.privacy.expect("a private run");
+    let Guarantee::DifferentialPrivacy(guarantee) = &privacy.statement.guarantee else { panic!("{json}") };
+    assert!(guarantee.epsilon > 7.9 && guarantee.epsilon <= 8.0 && guarantee.participations_max == 2);
+    assert!(privacy.participations_most <= 2 && privacy.sums_opened >= 1);
+    assert!(privacy.survivors_least >= guarantee.survivors_min);
+    assert!(privacy.epsilon_by_round.is_sorted() && privacy.epsilon_by_round.iter().all(|e| *e <= 8.0));
+    assert!(one.privacy_in_words.contains("epsilon 8.000") || one.privacy_in_words.contains("epsilon 7.9"));
+
+    let cohort = format!("{SCENARIO}{PRIVATE}noise_cohort = 1000\n");
+    let (imagined, json) = run_scenario(folder.path(), &cohort, 2, 7);
+    assert!(imagined.privacy_in_words.starts_with("SIMULATED NOISE COHORT: nobody"));
+    assert_eq!(json.pointer("/privacy/statement/guarantee/kind"), Some(&Value::from("simulated")));
+    let guarantee =
+        imagined.privacy.and_then(|p| p.simulated_noise_cohort).expect("a deployment is imagined");
+    assert!(guarantee.epsilon <= 8.0 && guarantee.epsilon > 7.9 && guarantee.deployment.cohort == 1000);
+    let page = fs::read_to_string(folder.path().join("out-2-7/report.html")).expect("report.html");
+    assert!(page.contains("Privacy: a simulated noise cohort") && page.contains("Epsilon by round"));
 }
 
 fn holds_what_readers_expect(json: &Value) {

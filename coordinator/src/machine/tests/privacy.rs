@@ -173,6 +173,19 @@ fn devices_refuse_a_simulations_noise_and_a_plan_above_their_policy() {
 }
 
 #[test]
+fn devices_that_demand_privacy_take_no_part_without() {
+    let mut world = World::new(5);
+    world.actors.iter_mut().take(3).for_each(Actor::demand_privacy);
+    world.add_task(secure_spec(5), None);
+    let until = world.now.plus(60_000);
+    world.run_until(|world| world.now >= until);
+    let refused =
+        |event: &Event| matches!(event, Event::Refused(reason) if reason.contains("no differential privacy"));
+    assert!(world.actors.iter().take(3).all(|actor| actor.events.iter().any(refused)));
+    assert!(!world.actors.iter().skip(3).any(|actor| actor.events.iter().any(refused)));
+}
+
+#[test]
 fn privacy_that_cannot_be_had_is_named() {
     let error = |spec: TaskSpec| {
         let mut world = World::new(0);

@@ -105,6 +105,12 @@ impl Actor {
         self.device = Device::new(self.setup.clone(), [99; 32], now);
     }
 
+    /// Takes part only with differential privacy; to be called before it has done anything.
+    pub(in super::super) fn demand_privacy(&mut self) {
+        self.setup.floors.privacy.required = true;
+        self.device = Device::new(self.setup.clone(), self.seed, UnixMillis(1_000_000));
+    }
+
     /// Takes part in simulations; to be called before it has done anything.
     pub(in super::super) fn allow_noise_cohort(&mut self) {
         self.setup.floors.privacy.insecure_noise_cohort = true;
