@@ -1,6 +1,9 @@
 -- The next round's clipping norm under adaptive clipping; null before it has moved and without it.
 ALTER TABLE tasks ADD COLUMN clipping_norm DOUBLE PRECISION;
 
+-- The protection that all rounds so far ran under: protocol, and a hash of the privacy; empty before this column.
+ALTER TABLE tasks ADD COLUMN protection TEXT NOT NULL DEFAULT '';
+
 -- What every sum that was opened gave away: written before it was opened, and never changed.
 CREATE TABLE privacy_ledger (
     population      TEXT   NOT NULL,

@@ -3,6 +3,8 @@
 //! A device needs `convert`, `rdp` and `skellam` to hold a plan against its policy; everything
 //! else is for people who plan a run and lies behind the feature `planning`.
 
+pub(crate) use convert::epsilon_at;
+
 mod convert;
 mod discrete_gaussian;
 #[cfg(feature = "planning")]

@@ -4,7 +4,8 @@
 //!
 //! Check, then charge: a request over a budget changes nothing, so it does not spoil the ledger for smaller
 //! ones. The clock is the device's. Set forward, it can shorten a separation in time and nothing else: the
-//! separation in rounds and the number of participations hold by counting. Set back, a separation starts over.
+//! separation in rounds and the number of participations hold by counting. While it stands before the last
+//! participation, a separation counts from the earliest time seen since.
 
 mod policy;
 
@@ -14,9 +15,9 @@ use crate::account::{Delta, ORDERS, RdpCurve};
 use sha2::{Digest, Sha256};
 
 /// Tasks that a device can have taken part in: forgetting one would forget its participations.
-pub const SCOPES_MAX: usize = 4096;
+pub const SCOPES_MAX: usize = 512;
 const MAGIC: &[u8; 8] = b"FLTLEDG1";
-const SCOPE_BYTES: usize = 32 + 1 + 4 + 4 + 8 + 32 + 4 + 8 + 4;
+const SCOPE_BYTES: usize = 32 + 1 + 4 + 4 + 8 + 8 + 32 + 4 + 8 + 4 + ORDERS.len() * 8;
 
 /// What one participation would cost, and what its plan allows.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +26,9 @@ pub struct Charge {
     pub scope: Scope,
     /// What the contribution is for.
     pub purpose: Purpose,
-    /// Names the contribution: the same charge twice is one.
-    pub id: [u8; 32],
+    /// Names the contribution by something that the device drew itself: the same charge twice is one. A name
+    /// that others choose would let them make every later contribution free.
+    pub id: ChargeId,
     /// Round, from 0.
     pub round: u32,
     /// What it gives away at worst.
@@ -37,6 +39,15 @@ pub struct Charge {
     pub separation_ms: u64,
     /// Least rounds since the last one.
     pub separation_rounds: u32,
+}
+
+/// Name of one contribution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChargeId {
+    /// Nothing has been drawn yet: never the same as any other.
+    Unnamed,
+    /// Hash of the contribution's own fresh keys.
+    Fresh([u8; 32]),
 }
 
 /// A task of a population, by hash.
@@ -60,10 +71,13 @@ struct Entry {
     participations: u32,
     last_round: u32,
     last_unix_ms: u64,
+    /// The earliest time seen since the clock went back behind the last charge; the greatest number for none.
+    restart_unix_ms: u64,
     last_id: [u8; 32],
     participations_max: u32,
     separation_ms: u64,
     separation_rounds: u32,
+    spent: RdpCurve,
 }
 
 /// Everything a device has been charged.
@@ -71,6 +85,8 @@ struct Entry {
 pub struct Ledger {
     entries: Vec<Entry>,
     spent: [RdpCurve; Purpose::ALL.len()],
+    /// Contributions to tasks without differential privacy.
+    unprotected: u64,
 }
 
 /// One task's line, for people.
@@ -90,7 +106,7 @@ pub struct LedgerLine {
 
 impl Default for Ledger {
     fn default() -> Self {
-        Self { entries: Vec::new(), spent: std::array::from_fn(|_| RdpCurve::zero()) }
+        Self { entries: Vec::new(), spent: std::array::from_fn(|_| RdpCurve::zero()), unprotected: 0 }
     }
 }
 
@@ -113,6 +129,23 @@ impl Ledger {
     #[must_use]
     pub fn spent_in_all(&self) -> RdpCurve {
         self.spent.iter().fold(RdpCurve::zero(), |sum, curve| sum.plus(curve))
+    }
+
+    /// Masked contributions to tasks without differential privacy: nothing bounds what they gave away.
+    #[must_use]
+    pub fn unprotected(&self) -> u64 {
+        self.unprotected
+    }
+
+    /// Counts one of them.
+    pub fn note_unprotected(&mut self) {
+        self.unprotected = self.unprotected.saturating_add(1);
+    }
+
+    /// True if the task was charged before: it must not go on without differential privacy then.
+    #[must_use]
+    pub fn knows(&self, scope: Scope) -> bool {
+        self.entries.iter().any(|entry| entry.scope == scope)
     }
 
     /// A line for each task.
@@ -139,11 +172,14 @@ impl Ledger {
         if self.is_charged(charge) {
             return Ok(());
         }
+        let mut task = charge.curve.clone();
         if let Some(entry) = self.entries.iter().find(|entry| entry.scope == charge.scope) {
             entry.check(charge, now_unix_ms)?;
+            task = task.plus(&entry.spent);
         } else if self.entries.len() >= SCOPES_MAX {
             return Err(LedgerError::Scopes { max: SCOPES_MAX });
         }
+        policy.check_task(&task)?;
         let after = self.spent(charge.purpose).plus(&charge.curve);
         let all = self.spent_in_all().plus(&charge.curve);
         policy.check_budget(charge.purpose, &after, &all)
@@ -166,9 +202,17 @@ impl Ledger {
         }
         let index = charge.purpose.index();
         self.spent[index] = self.spent[index].plus(&charge.curve);
-        let participations = match self.entries.iter().position(|entry| entry.scope == charge.scope) {
-            Some(at) => self.entries.swap_remove(at).participations,
-            None => 0,
+        let (participations, spent) = match self.entries.iter().position(|entry| entry.scope == charge.scope)
+        {
+            Some(at) => {
+                let entry = self.entries.swap_remove(at);
+                (entry.participations, entry.spent.plus(&charge.curve))
+            }
+            None => (0, charge.curve.clone()),
+        };
+        let last_id = match charge.id {
+            ChargeId::Unnamed => [0; 32],
+            ChargeId::Fresh(id) => id,
         };
         self.entries.push(Entry {
             scope: charge.scope,
@@ -176,19 +220,27 @@ impl Ledger {
             participations: participations.saturating_add(1),
             last_round: charge.round,
             last_unix_ms: now_unix_ms,
-            last_id: charge.id,
+            restart_unix_ms: u64::MAX,
+            last_id,
             participations_max: charge.participations_max,
             separation_ms: charge.separation_ms,
             separation_rounds: charge.separation_rounds,
+            spent,
         });
         Ok(())
     }
 
-    /// Tells the ledger the time: where the clock has gone back behind the last charge, the separation
-    /// counts from now. Otherwise a clock that once stood in the future would lock a task for ever.
+    /// Tells the ledger the time. While the clock stands before the last charge, a separation counts from the
+    /// earliest time seen since: otherwise a clock that once stood in the future would lock a task for ever. Once
+    /// it has passed the last charge again (a device that begins each start in 1970 and is then set right), the
+    /// separation counts from the charge as before.
     pub fn observe_clock(&mut self, now_unix_ms: u64) {
         for entry in &mut self.entries {
-            entry.last_unix_ms = entry.last_unix_ms.min(now_unix_ms);
+            entry.restart_unix_ms = if now_unix_ms < entry.last_unix_ms {
+                entry.restart_unix_ms.min(now_unix_ms)
+            } else {
+                u64::MAX
+            };
         }
     }
 
@@ -200,6 +252,7 @@ impl Ledger {
         for value in self.spent.iter().flat_map(|curve| curve.values()) {
             bytes.extend(value.to_bits().to_le_bytes());
         }
+        bytes.extend(self.unprotected.to_le_bytes());
         bytes.extend(u32::try_from(self.entries.len()).expect("at most SCOPES_MAX").to_le_bytes());
         for entry in &self.entries {
             entry.write(&mut bytes);
@@ -223,9 +276,9 @@ impl Ledger {
         }
         let mut ledger = Self::default();
         for spent in &mut ledger.spent {
-            let values = (0..ORDERS.len()).map(|_| reader.u64().map(f64::from_bits));
-            *spent = RdpCurve::from_values(values.collect::<Option<_>>()?)?;
+            *spent = reader.curve()?;
         }
+        ledger.unprotected = reader.u64()?;
         let count = usize::try_from(reader.u32()?).ok()?;
         if count > SCOPES_MAX || reader.0.len() != count * SCOPE_BYTES {
             return None;
@@ -235,15 +288,24 @@ impl Ledger {
     }
 
     fn is_charged(&self, charge: &Charge) -> bool {
-        self.entries.iter().any(|entry| entry.scope == charge.scope && entry.last_id == charge.id)
+        let ChargeId::Fresh(id) = charge.id else { return false };
+        let same = |entry: &Entry| {
+            entry.scope == charge.scope && entry.last_id == id && entry.last_round == charge.round
+        };
+        self.entries.iter().any(same)
     }
 }
 
 impl Entry {
     /// Milliseconds until a separation has passed since the last charge.
     fn wait_ms(&self, separation_ms: u64, now_unix_ms: u64) -> u64 {
-        // Before the last charge: the clock went back, and nothing is known to have passed.
-        let passed = now_unix_ms.saturating_sub(self.last_unix_ms);
+        let since = if now_unix_ms < self.last_unix_ms {
+            // The clock went back; unless it was observed, nothing is known to have passed.
+            self.restart_unix_ms.min(self.last_unix_ms)
+        } else {
+            self.last_unix_ms
+        };
+        let passed = now_unix_ms.saturating_sub(since);
         separation_ms.saturating_sub(passed)
     }
 
@@ -268,10 +330,12 @@ impl Entry {
         bytes.extend(self.participations.to_le_bytes());
         bytes.extend(self.last_round.to_le_bytes());
         bytes.extend(self.last_unix_ms.to_le_bytes());
+        bytes.extend(self.restart_unix_ms.to_le_bytes());
         bytes.extend(self.last_id);
         bytes.extend(self.participations_max.to_le_bytes());
         bytes.extend(self.separation_ms.to_le_bytes());
         bytes.extend(self.separation_rounds.to_le_bytes());
+        self.spent.values().iter().for_each(|value| bytes.extend(value.to_bits().to_le_bytes()));
     }
 
     fn read(reader: &mut Reader<'_>) -> Option<Self> {
@@ -281,10 +345,12 @@ impl Entry {
             participations: reader.u32()?,
             last_round: reader.u32()?,
             last_unix_ms: reader.u64()?,
+            restart_unix_ms: reader.u64()?,
             last_id: reader.take()?,
             participations_max: reader.u32()?,
             separation_ms: reader.u64()?,
             separation_rounds: reader.u32()?,
+            spent: reader.curve()?,
         })
     }
 }
@@ -304,6 +370,11 @@ impl Reader<'_> {
 
     fn u64(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
+    }
+
+    fn curve(&mut self) -> Option<RdpCurve> {
+        let values = (0..ORDERS.len()).map(|_| self.u64().map(f64::from_bits));
+        RdpCurve::from_values(values.collect::<Option<_>>()?)
     }
 }
 

@@ -28,7 +28,8 @@ pub use bound::{BoundedVector, IntegerBound};
 pub use clip::{ClipError, ClippedDelta, ClippingNorm, clip};
 pub use encode::{EncodeError, EncodedDelta, FixedPoint};
 pub use ledger::{
-    Charge, Ledger, LedgerError, LedgerLine, PrivacyPolicy, Purpose, SCOPES_MAX, Scope, spent_epsilon,
+    Charge, ChargeId, Ledger, LedgerError, LedgerLine, PrivacyPolicy, Purpose, SCOPES_MAX, Scope,
+    spent_epsilon,
 };
 pub use mechanism::{Mechanism, NoiseCohort, NoisedVector, PrivacyParameters, PrivacyPlan, PrivateMean};
 pub use noise::{GridVariance, Law, NoiseError, NoiseOrigin, NoiseSource, NoiseTable};

@@ -237,7 +237,7 @@ impl PrivacyPlan {
         let draws = self.vector_len() as f64 * f64::from(summands) * f64::from(p.participations_max);
         // Of the longest table that is allowed, so that no table has to be built to account.
         let ln_tv = 65_538f64.ln() - 127.0 * std::f64::consts::LN_2;
-        (1.0 + epsilon.exp()) * draws * ln_tv.exp()
+        ((1.0 + epsilon.exp()) * draws * ln_tv.exp()).min(1.0)
     }
 
     /// The narrowest ring in which a sum of `summands_max` contributions wraps around nowhere but with a

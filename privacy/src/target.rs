@@ -109,8 +109,12 @@ impl PrivacyTarget {
         let bound = IntegerBound::new(units, Rotation::rotated_len(self.dimension))?;
         let adaptation = self.adaptation.map(|target| {
             let ratio = BIT_NOISE_RATIO * f64::from(BIT_UNITS) / bound.l2();
-            let wide =
-                GridVariance::at_least((variance.value() * ratio * ratio).min(GridVariance::MAX.value()));
+            let least = match self.mechanism {
+                Mechanism::Skellam => 0.0,
+                Mechanism::DiscreteGaussian => 6.25,
+            };
+            let wide = (variance.value() * ratio * ratio).max(least).min(GridVariance::MAX.value());
+            let wide = GridVariance::at_least(wide);
             ClipAdaptation::new(target.quantile, target.learning_rate, target.norms, wide?)
         });
         let parameters = PrivacyParameters {
@@ -183,6 +187,9 @@ mod tests {
             AdaptationTarget { quantile: 0.5, learning_rate: 0.2, norms: (norm(0.1), norm(10.0)) };
         let with_bit = PrivacyTarget { adaptation: Some(adaptation), ..target() }.plan().unwrap();
         let without = target().plan().unwrap();
+        let gaussian = PrivacyTarget { mechanism: Mechanism::DiscreteGaussian, ..target() };
+        let gaussian = PrivacyTarget { adaptation: Some(adaptation), ..gaussian }.plan().unwrap();
+        assert!(gaussian.task_curve().epsilon(gaussian.parameters().delta).0 <= 4.0);
         let ratio = with_bit.parameters().variance.value() / without.parameters().variance.value();
         assert!(ratio > 1.0 && ratio < 1.02, "{ratio}");
     }

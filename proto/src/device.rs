@@ -306,7 +306,8 @@ impl Device {
     }
 
     /// Answers [`Action::Train`] with the raw update: final minus initial values. It is clipped and
-    /// encoded here; one that holds NaN or infinity ends the session and is reported as failed.
+    /// encoded here; one that holds NaN or infinity ends the session and is reported as failed, but under a plan
+    /// with differential privacy takes part as zero.
     pub fn handle_trained(&mut self, delta: Vec<f32>, now: UnixMillis) {
         self.in_flight = false;
         let State::InSession(session) = &mut self.state else { return };
@@ -316,7 +317,22 @@ impl Device {
     }
 
     /// Answers [`Action::Train`] that produced no update.
+    ///
+    /// Under a plan with differential privacy a failure that depends on the data (too little of it, or a loss that
+    /// is no number) is not told: zeros take part instead. The coordinator chooses the checkpoint, and could
+    /// choose one that fails exactly where some text is there; each such answer would be one bit, free and exact.
     pub fn handle_training_failed(&mut self, failure: &TrainingFailure, now: UnixMillis) {
+        let depends_on_data = match failure {
+            TrainingFailure::Failed(_) | TrainingFailure::InsufficientData { .. } => true,
+            TrainingFailure::Interrupted(_) | TrainingFailure::PlanRejected(_) => false,
+        };
+        if let State::InSession(session) = &self.state
+            && session.is_private()
+            && depends_on_data
+        {
+            let zeros = vec![0.0; session.plan().adapter.dimension];
+            return self.handle_trained(zeros, now);
+        }
         self.in_flight = false;
         self.withdraw(failure.result(), &failure.to_string(), now);
     }
@@ -375,6 +391,9 @@ impl Device {
     /// this fails only if the clock or another task has come between.
     fn charge(&mut self, now: UnixMillis) -> Result<(), String> {
         let State::InSession(session) = &self.state else { return Ok(()) };
+        if session.is_unprotected() {
+            self.ledger.note_unprotected();
+        }
         let Some(charge) = session.due_charge(&self.setup.floors.privacy) else { return Ok(()) };
         self.ledger.charge(&charge, &self.setup.floors.privacy, now.0).map_err(|error| error.to_string())
     }

@@ -141,6 +141,20 @@ impl TrainingPlan {
 }
 
 impl AggregationPlan {
+    /// What a statement about those who took part rests on, in one word: equal words, equal statements.
+    #[must_use]
+    pub fn protection(&self) -> String {
+        let protocol = self.protocol.as_str_name();
+        match &self.privacy {
+            None => protocol.to_owned(),
+            Some(privacy) => {
+                let mut bytes = privacy::to_wire(privacy).encode_to_vec();
+                bytes.extend(self.summands_min.to_le_bytes());
+                format!("{protocol} {}", Digest::of(&bytes).hex())
+            }
+        }
+    }
+
     /// The integer grid of the updates; [`TaskPlan::parse`] has checked that it exists.
     pub fn fixed_point(&self) -> FixedPoint {
         FixedPoint::new(self.clipping_norm, self.ring_bits.bits(), self.summands_max)
@@ -487,6 +501,8 @@ pub(crate) mod tests {
         check(&|p| p.aggregation.as_mut().unwrap().protocol = plain, "plan.aggregation.privacy: needs");
         let adapt = |p: &mut wire::PrivacyPlan| p.adaptation.as_mut().unwrap().norm_max = 0.01;
         check(&|p| of(p, &adapt), "plan.aggregation.privacy.adaptation");
+        let outside = |p: &mut wire::TaskPlan| p.aggregation.as_mut().unwrap().clipping_norm = 11.0;
+        check(&outside, "plan.aggregation.clipping_norm: 11; adaptive clipping keeps it from 0.1 to 10");
     }
 
     #[test]

@@ -208,8 +208,10 @@ fn ledger(input: &[u8]) {
     assert!(!spent_epsilon(&ledger.spent_in_all(), PrivacyPolicy::default().delta).is_nan());
 }
 
+/// The checksum is what an attacker on the disk would write.
 fn device_record(input: &[u8]) {
-    let _ = DeviceRecord::from_bytes(input.to_vec()).ledger();
+    let bytes = [Sha256::digest(input).as_slice(), input].concat();
+    let _ = DeviceRecord::from_bytes(bytes).ledger();
 }
 
 fn statement(input: &[u8]) {

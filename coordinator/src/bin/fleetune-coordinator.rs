@@ -107,9 +107,9 @@ async fn status(config: &Path, json: bool) -> Result<()> {
         let attempts = store.rounds(&task.name).await?;
         tasks.push(serde_json::json!({
             "task": task.name.as_str(),
-            "round": task.progress.map_or(0, |progress| progress.round),
+            "round": task.progress.as_ref().map_or(0, |progress| progress.round),
             "rounds": task.rounds,
-            "checkpoint": task.progress.map(|progress| progress.checkpoint.hex()),
+            "checkpoint": task.progress.as_ref().map(|progress| progress.checkpoint.hex()),
             "attempts": attempts,
             "privacy_ledger": store.charges(&task.name).await?,
         }));

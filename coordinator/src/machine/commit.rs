@@ -23,6 +23,10 @@ pub struct TaskProgress {
     /// The next round's clipping norm under adaptive clipping, once it has moved.
     #[serde(default)]
     pub clipping_norm: Option<f32>,
+    /// The protection that all rounds so far ran under ([`fleetune_proto::AggregationPlan::protection`]); empty in
+    /// the progress of earlier versions.
+    #[serde(default)]
+    pub protection: String,
 }
 
 /// How an attempt at a round ended.

@@ -71,7 +71,9 @@ impl Ending<'_> {
         self.release_if_last(task, round, &step.adapter, &mut commit)?;
         let (adapter, optimizer_state) = (step.adapter.values, step.optimizer_state);
         let clipping_norm = step.clipping_norm;
-        let progress = TaskProgress { round, attempt: 0, adapter, optimizer_state, clipping_norm };
+        let protection = task.progress.protection.clone();
+        let progress =
+            TaskProgress { round, attempt: 0, adapter, optimizer_state, clipping_norm, protection };
         commit.progress = Arc::new(progress);
         Ok(commit)
     }

@@ -136,7 +136,7 @@ impl Task {
         let plan = checked_plan(&spec, &base, base_digest, &layout, setup)?;
         let plan_sha256 = Digest::of(&plan.to_bytes()).sha256;
         let plan_envelope = seal(Purpose::Plan, plan.to_bytes(), &[&setup.signing_key]);
-        let progress = Arc::new(first_progress(&spec, &layout, resume)?);
+        let progress = Arc::new(first_progress(&spec, &layout, &plan, resume)?);
         let adapter = Adapter::new(layout.clone(), progress.adapter.clone())
             .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
         let bytes = Arc::new(adapter.to_checkpoint_bytes());
@@ -171,7 +171,9 @@ impl Task {
         let varying = self.plan.aggregation.privacy.and_then(|privacy| privacy.adaptation);
         let own = self.plan.aggregation.clipping_norm;
         let kept = varying.and(self.progress.clipping_norm);
-        kept.and_then(|norm| ClippingNorm::new(norm).ok()).unwrap_or(own)
+        let (Some(norm), Some(adaptation)) = (kept, varying) else { return own };
+        let (low, high) = adaptation.norms();
+        ClippingNorm::new(norm.clamp(low.value(), high.value())).unwrap_or(own)
     }
 
     pub(super) fn offer(&self) -> TaskOffer {
@@ -313,13 +315,20 @@ impl Pending {
 fn first_progress(
     spec: &TaskSpec,
     layout: &Arc<AdapterLayout>,
+    plan: &TaskPlan,
     resume: Option<TaskProgress>,
 ) -> Result<TaskProgress, CoreError> {
     let dimension = layout.len();
+    let protection = plan.aggregation.protection();
+    if let Some(held) = &resume {
+        check_protection(held, plan, &protection)
+            .map_err(|problem| CoreError::Privacy { task: spec.name.clone(), problem })?;
+    }
     let mut progress = match resume {
         Some(held) => TaskProgress { attempt: held.attempt.saturating_add(1), ..held },
         None => TaskProgress { adapter: Adapter::init(layout.clone()).values, ..TaskProgress::default() },
     };
+    progress.protection = protection;
     if progress.optimizer_state.is_empty() {
         progress.optimizer_state = spec.server_optimizer.initial_state(dimension);
     }
@@ -328,6 +337,21 @@ fn first_progress(
         .and_then(|()| spec.server_optimizer.check_state(&progress.optimizer_state, dimension))
         .map_err(|source| CoreError::Optimizer { task: spec.name.clone(), source })?;
     Ok(progress)
+}
+
+/// A release says one thing of all rounds, so all rounds run under the same protection: a model of ten rounds
+/// without noise and one with it must not be called private.
+fn check_protection(held: &TaskProgress, plan: &TaskPlan, protection: &str) -> Result<(), String> {
+    let begun = held.round > 0 || held.attempt > 0;
+    let earlier_version = held.protection.is_empty() && plan.aggregation.privacy.is_none();
+    if !begun || earlier_version || held.protection == protection {
+        return Ok(());
+    }
+    Err(format!(
+        "{} rounds ran under other protection (protocol, summands_min or privacy), and a release says one thing of all \
+         its rounds: restore those settings, or give the task another name",
+        held.round
+    ))
 }
 
 /// The plan as devices will read it: parsed back from its bytes, so that no device refuses its form.

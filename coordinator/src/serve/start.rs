@@ -86,7 +86,8 @@ fn read_progress(
     #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
     let clipping_norm = progress.clipping_norm.map(|norm| norm as f32);
     let optimizer_state = values.collect();
-    Ok(TaskProgress { round, attempt, adapter: adapter.values, optimizer_state, clipping_norm })
+    let (adapter, protection) = (adapter.values, progress.protection.clone());
+    Ok(TaskProgress { round, attempt, adapter, optimizer_state, clipping_norm, protection })
 }
 
 fn open_base(path: &Path) -> Result<(Arc<BaseModel>, Digest), ServeError> {

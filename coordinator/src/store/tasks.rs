@@ -19,7 +19,7 @@ pub struct StoredTask {
 }
 
 /// Where a task stands: numbers, and the blobs that hold the rest.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StoredProgress {
     /// The round that is due, from 0.
     pub round: u32,
@@ -31,6 +31,8 @@ pub struct StoredProgress {
     pub optimizer: Digest,
     /// The next round's clipping norm under adaptive clipping, once it has moved.
     pub clipping_norm: Option<f64>,
+    /// The protection that all rounds so far ran under.
+    pub protection: String,
 }
 
 pub(super) async fn begin(
@@ -63,7 +65,7 @@ pub(super) async fn begin(
 pub(super) async fn all(pool: &SqlitePool, population: &Name) -> Result<Vec<StoredTask>, StoreError> {
     let rows = sqlx::query(
         "SELECT name, created_unix_ms, rounds, round, attempt, checkpoint, checkpoint_bytes, optimizer,
-                optimizer_bytes, clipping_norm
+                optimizer_bytes, clipping_norm, protection
          FROM tasks WHERE population = $1 ORDER BY name",
     )
     .bind(population.as_str())
@@ -86,8 +88,8 @@ pub(super) async fn advance(
              checkpoint_before = CASE WHEN checkpoint = $1 THEN checkpoint_before ELSE checkpoint END,
              optimizer_before = CASE WHEN checkpoint = $1 THEN optimizer_before ELSE optimizer END,
              checkpoint = $1, checkpoint_bytes = $2, optimizer = $3, optimizer_bytes = $4,
-             round = $5, attempt = $6, clipping_norm = $7
-         WHERE population = $8 AND name = $9",
+             round = $5, attempt = $6, clipping_norm = $7, protection = $8
+         WHERE population = $9 AND name = $10",
     )
     .bind(commit.checkpoint.hex())
     .bind(to_row(commit.checkpoint.size))
@@ -96,6 +98,7 @@ pub(super) async fn advance(
     .bind(i64::from(commit.progress.round))
     .bind(i64::from(commit.progress.attempt))
     .bind(commit.progress.clipping_norm.map(f64::from))
+    .bind(commit.progress.protection.as_str())
     .bind(population.as_str())
     .bind(commit.task.as_str())
     .execute(connection)
@@ -155,6 +158,7 @@ fn read_progress(row: &SqliteRow) -> Result<Option<StoredProgress>, StoreError> 
         checkpoint: read_digest(row, "checkpoint", "checkpoint_bytes")?,
         optimizer: read_digest(row, "optimizer", "optimizer_bytes")?,
         clipping_norm: row.try_get("clipping_norm").map_err(failed)?,
+        protection: row.try_get("protection").map_err(failed)?,
     }))
 }
 

@@ -48,6 +48,7 @@ fn commit(round: u32, attempt: u32, failed: bool) -> Commit {
         adapter: vec![1.0],
         optimizer_state: vec![round as f32, 2.0],
         clipping_norm: Some(0.5),
+        protection: "secagg".into(),
     };
     Commit {
         id: CommitId(1),
@@ -250,6 +251,7 @@ async fn the_records_of_the_first_schema_are_read_after_the_migration() {
     for statement in [
         "ALTER TABLE rounds DROP COLUMN aggregation",
         "ALTER TABLE tasks DROP COLUMN clipping_norm",
+        "ALTER TABLE tasks DROP COLUMN protection",
         "DROP TABLE privacy_ledger",
         "DELETE FROM _sqlx_migrations WHERE version >= 2",
     ] {

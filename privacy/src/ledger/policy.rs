@@ -1,8 +1,7 @@
 //! What the owner of a device allows, and the ways a charge can be over it.
 
-use super::spent_epsilon;
 use crate::{
-    account::{Delta, RdpCurve},
+    account::{Delta, ORDERS, RdpCurve, epsilon_at},
     mechanism::PrivacyPlan,
 };
 use serde::{Deserialize, Serialize};
@@ -112,6 +111,17 @@ pub enum LedgerError {
         /// The device's bound.
         max: f64,
     },
+    /// The task has had all that it may cost.
+    #[error("the task's budget is epsilon {max}; with this contribution it would be {after:.3}")]
+    TaskBudget {
+        /// The bound.
+        max: f64,
+        /// Epsilon afterwards.
+        after: f64,
+    },
+    /// The task went on with privacy before and now has none.
+    #[error("plan refused: this task had differential privacy before and has none now")]
+    PrivacyDropped,
     /// All participations are taken.
     #[error("no participation is left: {taken} of {max} taken")]
     Participations {
@@ -173,8 +183,15 @@ impl PrivacyPolicy {
         if planned > max {
             return Err(LedgerError::Delta { planned, max });
         }
-        let (planned, max) = (plan.task_curve().epsilon(self.delta).0, self.epsilon_task_max);
+        let max = self.epsilon_task_max;
+        let planned = filtered_epsilon(&plan.task_curve(), max, self.delta);
         if planned > max { Err(LedgerError::Task { planned, max }) } else { Ok(()) }
+    }
+
+    pub(super) fn check_task(&self, after: &RdpCurve) -> Result<(), LedgerError> {
+        let max = self.epsilon_task_max;
+        let after = filtered_epsilon(after, max, self.delta);
+        if after > max { Err(LedgerError::TaskBudget { max, after }) } else { Ok(()) }
     }
 
     pub(super) fn check_budget(
@@ -185,11 +202,37 @@ impl PrivacyPolicy {
     ) -> Result<(), LedgerError> {
         let own = (purpose.word(), self.epsilon_purpose_max[purpose.index()], after);
         for (what, max, curve) in [own, ("the device", self.epsilon_max, all)] {
-            let after = spent_epsilon(curve, self.delta);
+            let after = filtered_epsilon(curve, max, self.delta);
             if after > max {
                 return Err(LedgerError::Budget { what, max, after });
             }
         }
         Ok(())
     }
+}
+
+/// Epsilon of a curve at the one order that a budget of `max` is kept at. A budget over plans that may be chosen
+/// after seeing earlier results is a filter, and a Rényi filter holds at an order that is fixed beforehand
+/// (Feldman and Zrnic 2021, "Individual Privacy Accounting via a Rényi Filter"), not at whichever order suits the
+/// result. The order is the best one for a curve that is linear in the order and spends just the budget.
+fn filtered_epsilon(curve: &RdpCurve, max: f64, delta: Delta) -> f64 {
+    if curve.values().iter().all(|v| *v == 0.0) {
+        return 0.0;
+    }
+    if !max.is_finite() {
+        return 0.0;
+    }
+    let order = filter_order(max, delta);
+    let at = ORDERS.iter().position(|candidate| *candidate == order).unwrap_or(0);
+    epsilon_at(f64::from(order), curve.values()[at], delta)
+}
+
+fn filter_order(max: f64, delta: Delta) -> u32 {
+    let linear = |rho: f64| RdpCurve::from_fn(|order| rho * f64::from(order)).epsilon(delta);
+    let (mut low, mut high) = (1e-9f64, 1e4f64);
+    for _ in 0..60 {
+        let middle = (low * high).sqrt();
+        if linear(middle).0 <= max { low = middle } else { high = middle }
+    }
+    linear(low).1
 }

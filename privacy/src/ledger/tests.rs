@@ -16,7 +16,7 @@ fn charge(task: &str, id: u8, round: u32) -> Charge {
     Charge {
         scope: Scope::of_task("p", task),
         purpose: Purpose::Training,
-        id: [id; 32],
+        id: ChargeId::Fresh([id; 32]),
         round,
         curve: curve(0.05),
         participations_max: 3,
@@ -64,8 +64,8 @@ fn participations_and_separations_hold_across_restarts() {
     assert!(ledger.check(&charge("a", 9, 8), &policy(), now).is_err());
 }
 
-/// Whoever holds the device's clock: setting it back starts the separation over, setting it forward gains
-/// time but neither rounds nor participations.
+/// Whoever holds the device's clock: setting it back starts the separation over for as long as it stands there,
+/// setting it forward gains time but neither rounds nor participations.
 #[test]
 fn a_clock_that_lies_gains_nothing_but_time() {
     let mut ledger = Ledger::default();
@@ -77,6 +77,10 @@ fn a_clock_that_lies_gains_nothing_but_time() {
     assert!(ledger.check(&charge("a", 2, 2), &policy(), 21_000).is_ok());
     let forward = ledger.check(&charge("a", 2, 1), &policy(), u64::MAX);
     assert_eq!(forward.unwrap_err(), LedgerError::Rounds { round: 1, next: 2 });
+    // Set right again, as a device does that starts in 1970: the separation counts from the charge.
+    ledger.observe_clock(50_500);
+    let again = ledger.check(&charge("a", 2, 2), &policy(), 50_500);
+    assert_eq!(again.unwrap_err(), LedgerError::Separation { wait_ms: 500 });
     // Unobserved: before the last charge nothing has passed.
     let mut ledger = Ledger::default();
     ledger.charge(&charge("a", 1, 0), &policy(), 50_000).unwrap();
@@ -90,6 +94,9 @@ fn a_request_over_budget_changes_nothing_and_spoils_nothing() {
     large.curve = curve(10.0);
     let before = ledger.clone();
     let error = ledger.charge(&large, &policy(), 0).unwrap_err();
+    assert!(matches!(error, LedgerError::TaskBudget { .. }), "{error}");
+    let short = PrivacyPolicy { epsilon_purpose_max: [1.0, 2.0, 2.0], ..policy() };
+    let error = ledger.charge(&charge("a", 1, 0), &short, 0).unwrap_err();
     assert!(matches!(error, LedgerError::Budget { what: "training", .. }), "{error}");
     assert_eq!(ledger, before);
     ledger.charge(&charge("a", 2, 0), &policy(), 0).unwrap();
@@ -129,7 +136,7 @@ proptest! {
         let (mut ledger, mut granted, mut last) = (Ledger::default(), [0u32; 3], [None; 3]);
         for (task, id, round, now, again) in steps {
             let request = charge(&task.to_string(), id, round);
-            let (index, name) = (usize::from(task), Some(id));
+            let (index, name) = (usize::from(task), Some((id, round)));
             let repeated = last[index] == name;
             if ledger.charge(&request, &policy(), now).is_ok() {
                 if !repeated {
@@ -162,4 +169,50 @@ fn epsilon_of_what_is_spent_is_the_accountants() {
     let (spent, expected) = (spent_epsilon(&ledger.spent_in_all(), delta), one.times(3).epsilon(delta).0);
     assert!((spent - expected).abs() < 1e-9);
     assert_eq!(spent_epsilon(ledger.spent(Purpose::Evaluation), delta), 0.0);
+}
+
+/// A coordinator that could name charges would name them all alike.
+#[test]
+fn only_the_same_round_of_the_same_keys_is_the_same_charge() {
+    let mut ledger = Ledger::default();
+    ledger.charge(&charge("a", 1, 0), &policy(), 0).unwrap();
+    assert!(ledger.check(&charge("a", 1, 2), &policy(), 0).is_err(), "another round waits its turn");
+    ledger.charge(&charge("a", 1, 2), &policy(), 5000).unwrap();
+    assert_eq!(ledger.lines().next().unwrap().participations, 2, "and is charged");
+    let unnamed = Charge { id: ChargeId::Unnamed, ..charge("b", 0, 0) };
+    ledger.charge(&unnamed, &policy(), 0).unwrap();
+    assert!(ledger.check(&unnamed, &policy(), 0).is_err(), "what has no name is always new");
+}
+
+/// A coordinator that signs the same task again and again with more participations.
+#[test]
+fn a_task_signed_anew_stays_within_the_tasks_budget() {
+    let tight = PrivacyPolicy { epsilon_task_max: 4.0, ..policy() };
+    let mut ledger = Ledger::default();
+    let mut last = Ok(());
+    for round in 0..1000 {
+        let request = Charge {
+            participations_max: u32::MAX,
+            separation_ms: 0,
+            separation_rounds: 0,
+            curve: curve(0.01),
+            ..charge("a", (round % 250) as u8, round)
+        };
+        last = ledger.charge(&request, &tight, 0);
+        if last.is_err() {
+            break;
+        }
+    }
+    assert!(matches!(last, Err(LedgerError::TaskBudget { .. })), "{last:?}");
+    let spent = spent_epsilon(&ledger.spent_in_all(), tight.delta);
+    assert!(spent <= 4.0 && spent > 3.5, "{spent}");
+}
+
+#[test]
+fn contributions_without_protection_are_counted() {
+    let mut ledger = Ledger::default();
+    ledger.note_unprotected();
+    let ledger = Ledger::from_bytes(&ledger.to_bytes()).unwrap();
+    assert_eq!(ledger.unprotected(), 1);
+    assert!(!ledger.knows(Scope::of_task("p", "a")));
 }

@@ -77,6 +77,16 @@ pub enum FloorError {
         /// The device's bound.
         max: u32,
     },
+    /// It counts on the noise of devices that may collude.
+    #[error(
+        "plan refused: it discounts the noise of {planned} colluders a cohort; this device demands {floor}"
+    )]
+    Colluders {
+        /// The plan's number.
+        planned: u32,
+        /// The device's.
+        floor: u32,
+    },
     /// It gives too much away.
     #[error(transparent)]
     Privacy(#[from] LedgerError),
@@ -95,8 +105,20 @@ impl DeviceFloors {
             corrupted_permille: own.corrupted_permille.max(assumed.corrupted_permille),
             sigma: own.sigma.max(assumed.sigma),
             sparse_dropout_permille: own.sparse_dropout_permille.min(assumed.dropout_permille),
+            members_max: own.members_max.min(secure.cohort_max),
             ..*own
         }
+    }
+
+    /// The plan must not count on the noise of more devices than this device's owner believes honest.
+    fn check_colluders(&self, plan: &TaskPlan) -> Result<(), FloorError> {
+        let (Some(privacy), Some(secure)) = (&plan.aggregation.privacy, &plan.aggregation.secure) else {
+            return Ok(());
+        };
+        let share = u64::from(secure.assumptions.corrupted_permille.max(self.secure.corrupted_permille));
+        let floor = u32::try_from(u64::from(secure.cohort_max) * share / 1000).unwrap_or(u32::MAX);
+        let planned = privacy.colluders_max;
+        if planned < floor { Err(FloorError::Colluders { planned, floor }) } else { Ok(()) }
     }
 
     /// Holds a plan against the floors.
@@ -108,7 +130,9 @@ impl DeviceFloors {
         if aggregation.summands_min < self.summands_min {
             return Err(FloorError::Summands { planned: aggregation.summands_min, floor: self.summands_min });
         }
-        let (planned, max) = (aggregation.clipping_norm.value(), self.clipping_norm_max);
+        let varying = aggregation.privacy.and_then(|privacy| privacy.adaptation);
+        let largest = varying.map_or(0.0, |adaptation| adaptation.norms().1.value());
+        let (planned, max) = (aggregation.clipping_norm.value().max(largest), self.clipping_norm_max);
         if planned > max {
             return Err(FloorError::ClippingNorm { planned, max });
         }
@@ -118,6 +142,7 @@ impl DeviceFloors {
         if steps > self.steps_max {
             return Err(FloorError::Steps { planned: steps, max: self.steps_max });
         }
+        self.check_colluders(plan)?;
         Ok(self.privacy.check_plan(plan.privacy_plan().as_ref())?)
     }
 }

@@ -3,6 +3,7 @@
 //! The shell stores the bytes as they are, readable by their owner alone.
 
 use super::session::Session;
+use crate::digest::Digest;
 use fleetune_privacy::Ledger;
 use prost::Message;
 use std::{collections::BTreeMap, fmt};
@@ -10,6 +11,8 @@ use zeroize::{Zeroize, Zeroizing};
 
 /// Plans whose last revealed round is remembered; the least recent make room.
 const REVEALED_MAX: usize = 256;
+/// A record begins with the SHA-256 of the rest: a shorter file is no empty ledger, and an empty one no record.
+const CHECKSUM_BYTES: usize = 32;
 
 /// A device's record: secrets included.
 #[derive(Clone, PartialEq, Eq)]
@@ -65,9 +68,8 @@ struct Kept {
     revealed: Vec<Revealed>,
     #[prost(message, optional, tag = "2")]
     session: Option<KeptSession>,
-    /// Absent in records of earlier versions.
-    #[prost(bytes = "vec", optional, tag = "3")]
-    ledger: Option<Vec<u8>>,
+    #[prost(bytes = "vec", tag = "3")]
+    ledger: Vec<u8>,
 }
 
 /// The last round of each plan in which the device has revealed shares.
@@ -103,8 +105,12 @@ impl DeviceRecord {
         };
         let revealed = revealed.0.iter().map(one).collect();
         let session = session.and_then(Session::to_kept);
-        let mut kept = Kept { revealed, session, ledger: Some(ledger.to_bytes()) };
-        let record = Self(Zeroizing::new(kept.encode_to_vec()));
+        let mut kept = Kept { revealed, session, ledger: ledger.to_bytes() };
+        let body = Zeroizing::new(kept.encode_to_vec());
+        let mut bytes = Zeroizing::new(Vec::with_capacity(CHECKSUM_BYTES + body.len()));
+        bytes.extend(Digest::of(&body).sha256);
+        bytes.extend(body.as_slice());
+        let record = Self(bytes);
         if let Some(session) = &mut kept.session {
             session.wipe();
         }
@@ -114,7 +120,11 @@ impl DeviceRecord {
     /// What the bytes hold. A damaged record is an error: to forget what was revealed would be to allow
     /// revealing it again.
     pub(super) fn read(&self) -> Result<Restored, DamagedRecord> {
-        let mut kept = Kept::decode(self.as_bytes()).map_err(|_| DamagedRecord)?;
+        let (checksum, body) = self.as_bytes().split_at_checked(CHECKSUM_BYTES).ok_or(DamagedRecord)?;
+        if Digest::of(body).sha256 != checksum {
+            return Err(DamagedRecord);
+        }
+        let mut kept = Kept::decode(body).map_err(|_| DamagedRecord)?;
         let mut revealed = RevealedRounds::default();
         for one in &kept.revealed {
             let plan = one.plan_sha256.as_slice().try_into().map_err(|_| DamagedRecord)?;
@@ -125,8 +135,8 @@ impl DeviceRecord {
         if let Some(session) = &mut kept.session {
             session.wipe();
         }
-        let ledger = kept.ledger.as_ref().map(|bytes| Ledger::from_bytes(bytes).ok_or(DamagedRecord));
-        Ok(Restored { revealed, session, ledger: ledger.transpose()?.unwrap_or_default() })
+        let ledger = Ledger::from_bytes(&kept.ledger).ok_or(DamagedRecord)?;
+        Ok(Restored { revealed, session, ledger })
     }
 }
 

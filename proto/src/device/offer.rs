@@ -12,6 +12,7 @@ use crate::{
     time::UnixMillis,
     wire::{self, TaskResult},
 };
+use fleetune_privacy::LedgerError;
 
 impl Device {
     /// Reads a check-in's answer: the next state, or none when there is nothing to do.
@@ -75,8 +76,14 @@ impl Device {
             }
             Ok(session) => {
                 let policy = &self.setup.floors.privacy;
-                let refusal = session.charge(policy).map(|charge| self.ledger.check(&charge, policy, now.0));
-                if let Some(Err(refusal)) = refusal {
+                let refusal = match session.charge(policy) {
+                    Some(charge) => self.ledger.check(&charge, policy, now.0),
+                    None if !session.is_private() && self.ledger.knows(session.scope()) => {
+                        Err(LedgerError::PrivacyDropped)
+                    }
+                    None => Ok(()),
+                };
+                if let Err(refusal) = refusal {
                     self.events.push(Event::Refused(refusal.to_string()));
                     return report_task(token, TaskResult::PlanRejected);
                 }

@@ -8,6 +8,7 @@ use super::{
     upload::Upload,
 };
 use crate::{
+    digest::Digest,
     limits::{BACKOFF_MS_MIN, RETRY_DELAY_MS_MAX},
     secure::{
         advertisement_to_wire, parse_confirmations, parse_roster, parse_shares, parse_survivors,
@@ -66,6 +67,11 @@ impl SecureStage {
             OutMessage::Confirmation(_) => 4,
             OutMessage::Reveal(_) => 5,
         }
+    }
+
+    /// Names the session by the keys that this device drew for it; the same after a restart.
+    pub(super) fn keys_sha256(&self) -> [u8; 32] {
+        Digest::of(&advertisement_to_wire(self.device.advertisement()).encode_to_vec()).sha256
     }
 
     pub(super) fn is_revealing(&self) -> bool {

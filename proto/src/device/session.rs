@@ -19,7 +19,9 @@ use crate::{
     time::UnixMillis,
     wire::{self, AggregationProtocol, submit_update_response::Outcome},
 };
-use fleetune_privacy::{Charge, ClippingNorm, PrivacyPolicy, Purpose as BudgetPurpose, Scope, clip};
+use fleetune_privacy::{
+    Charge, ChargeId, ClippingNorm, PrivacyPolicy, Purpose as BudgetPurpose, Scope, clip,
+};
 use fleetune_secagg::{RingVector, SessionId, SessionParts, Terms};
 use rand_chacha::ChaCha20Rng;
 
@@ -157,9 +159,9 @@ impl Session {
             return None;
         }
         Some(Charge {
-            scope: Scope::of_task(order.plan.population.as_str(), order.plan.task.as_str()),
+            scope: self.scope(),
             purpose: BudgetPurpose::Training,
-            id: Digest::of(&self.token).sha256,
+            id: ChargeId::Unnamed,
             round: order.round,
             curve: plan.participation_curve(),
             participations_max: p.participations_max,
@@ -168,9 +170,31 @@ impl Session {
         })
     }
 
-    /// The charge that must be on disk before the session's next message leaves: the masked vector's.
+    /// The charge that must be on disk before the session's next message leaves: the masked vector's. Its name
+    /// comes from the keys that this device drew, never from the coordinator, whose word could name all charges
+    /// alike and so make all but the first free.
     pub(super) fn due_charge(&self, policy: &PrivacyPolicy) -> Option<Charge> {
-        if self.secure_step() == MASKED_STEP { self.charge(policy) } else { None }
+        let Stage::Secure(secure) = &self.stage else { return None };
+        if secure.number() != MASKED_STEP {
+            return None;
+        }
+        Some(Charge { id: ChargeId::Fresh(secure.keys_sha256()), ..self.charge(policy)? })
+    }
+
+    /// True as a masked vector without differential privacy is about to leave.
+    pub(super) fn is_unprotected(&self) -> bool {
+        self.secure_step() == MASKED_STEP && self.order.plan.aggregation.privacy.is_none()
+    }
+
+    /// The task, as the ledger knows it.
+    pub(super) fn scope(&self) -> Scope {
+        Scope::of_task(self.order.plan.population.as_str(), self.order.plan.task.as_str())
+    }
+
+    /// True if the plan promises privacy: then whether training failed must not be told, and zeros take part
+    /// instead.
+    pub(super) fn is_private(&self) -> bool {
+        self.order.plan.aggregation.privacy.is_some()
     }
 
     pub(super) fn plan(&self) -> &TaskPlan {

@@ -77,6 +77,14 @@ pub(super) fn check(plan: &TaskPlan) -> Result<(), WireError> {
     };
     let privacy = PrivacyPlan::new(parameters, plan.adapter.dimension)
         .map_err(|error| invalid("plan.aggregation.privacy", &error))?;
+    if let Some(adaptation) = &parameters.adaptation {
+        let (norm, (low, high)) = (aggregation.clipping_norm.value(), adaptation.norms());
+        if !(low.value()..=high.value()).contains(&norm) {
+            let problem =
+                format!("{norm}; adaptive clipping keeps it from {} to {}", low.value(), high.value());
+            return Err(WireError::invalid("plan.aggregation.clipping_norm", problem));
+        }
+    }
     let least = colluders_min(secure);
     let colluders = parameters.colluders_max;
     if colluders < least {

@@ -13,6 +13,8 @@ use crate::{
 pub struct Floors {
     /// Fewest members of a cohort.
     pub cohort_min: u32,
+    /// Most members of a cohort: what is assumed of colluders counts on it.
+    pub members_max: u32,
     /// Fewest survivors of whom a sum may open, this device included.
     pub survivors_min: u32,
     /// Share of the members that the device believes may collude with the coordinator, in thousandths.
@@ -43,6 +45,7 @@ impl Default for Floors {
     fn default() -> Self {
         Self {
             cohort_min: 4,
+            members_max: u32::MAX,
             survivors_min: 3,
             corrupted_permille: 100,
             dropout_permille: 400,
@@ -75,11 +78,9 @@ impl Floors {
         if members < self.cohort_min.max(2) {
             return Err(Abort::CohortTooSmall { members, floor: self.cohort_min.max(2) });
         }
-        if members as usize > MEMBERS_MAX {
-            return Err(Abort::CohortTooLarge {
-                members,
-                max: u32::try_from(MEMBERS_MAX).unwrap_or(u32::MAX),
-            });
+        let max = u32::try_from(MEMBERS_MAX).unwrap_or(u32::MAX).min(self.members_max);
+        if members > max {
+            return Err(Abort::CohortTooLarge { members, max });
         }
         if members < self.full_graph_below && degree != members - 1 {
             return Err(Abort::SparseGraph { degree, members, below: self.full_graph_below });

@@ -2,7 +2,7 @@
 
 use ed25519_dalek::SigningKey;
 use fleetune_privacy::{
-    Charge, ClipAdaptation, ClippingNorm, Delta, GridVariance, Ledger, Mechanism, NoiseCohort,
+    Charge, ChargeId, ClipAdaptation, ClippingNorm, Delta, GridVariance, Ledger, Mechanism, NoiseCohort,
     PrivacyParameters, PrivacyPolicy, PrivacyStatement, Purpose as BudgetPurpose, RdpCurve, Scope,
     StatementParts,
 };
@@ -217,7 +217,7 @@ fn ledger() -> Vec<u8> {
     let charge = Charge {
         scope: Scope::of_task("roles", "lora"),
         purpose: BudgetPurpose::Training,
-        id: [7; 32],
+        id: ChargeId::Fresh([7; 32]),
         round: 2,
         curve: RdpCurve::from_fn(|order| 0.05 * f64::from(order)),
         participations_max: 3,

@@ -222,7 +222,9 @@ impl Site {
     /// The step of secure aggregation whose message is on a device's disk, from 1; 0 for none.
     pub(super) fn kept_step(&self, user: usize) -> u64 {
         let record = fs::read(self.path(&format!("state-{user}/aggregation"))).unwrap_or_default();
-        let session = field(&record, SESSION).map_or(&[][..], |(_, bytes)| bytes);
+        // The record begins with a checksum.
+        let session =
+            field(record.get(32..).unwrap_or_default(), SESSION).map_or(&[][..], |(_, bytes)| bytes);
         field(session, STEP).map_or(0, |(number, _)| number)
     }
 

@@ -31,6 +31,8 @@ struct Account {
     epsilon_spent: f64,
     epsilon_max: f64,
     epsilon_task_max: f64,
+    /// Masked contributions to tasks without differential privacy: nothing bounds what they gave away.
+    contributions_without_privacy: u64,
     purposes: Vec<PurposeAccount>,
     tasks: Vec<TaskAccount>,
     release_version: Option<u64>,
@@ -100,6 +102,7 @@ fn account(ledger: &Ledger, policy: &PrivacyPolicy) -> Account {
         epsilon_spent: spent_epsilon(&ledger.spent_in_all(), policy.delta),
         epsilon_max: policy.epsilon_max,
         epsilon_task_max: policy.epsilon_task_max,
+        contributions_without_privacy: ledger.unprotected(),
         purposes: purposes.collect(),
         tasks: tasks.collect(),
         release_version: None,
@@ -115,12 +118,19 @@ fn print(account: &Account, out: &mut impl Write) -> io::Result<()> {
         "given away  epsilon {epsilon_spent:.3} of {epsilon_max} at delta {delta:e}, over its life"
     )?;
     for PurposeAccount { purpose, epsilon_spent, epsilon_max } in &account.purposes {
-        writeln!(out, "  {:<10}{epsilon_spent:.3} of {epsilon_max}", purpose.word())?;
+        writeln!(out, "  {:<11}{epsilon_spent:.3} of {epsilon_max}", purpose.word())?;
     }
     for task in &account.tasks {
         let (taken, max) = (task.participations, task.participations_max);
         let at = task.last_unix_ms;
         writeln!(out, "  a task    {taken} of {max} contributions, the last {at} ms since 1970")?;
+    }
+    if account.contributions_without_privacy > 0 {
+        let count = account.contributions_without_privacy;
+        writeln!(
+            out,
+            "  and {count} masked contributions without differential privacy, which nothing bounds"
+        )?;
     }
     let required = if account.required {
         "takes part only with differential privacy"

@@ -172,6 +172,49 @@ fn devices_refuse_a_simulations_noise_and_a_plan_above_their_policy() {
     refused(PrivacySpec { delta: Delta::new(1e-3).unwrap(), ..privacy(1) }, "delta 1e-3");
 }
 
+/// An operator who turns privacy on after ten rounds without, and would release a model that says it is private.
+#[test]
+fn a_task_does_not_change_its_protection_on_the_way() {
+    let mut spec = private(3, privacy(3));
+    let mut world = World::with_task(8, spec.clone());
+    world.run_attempts(1);
+    let held = world.progress().clone();
+    let resume = |spec: &TaskSpec| {
+        let mut other = World::new(0);
+        other.core.add_task(
+            spec.clone(),
+            other.base.clone(),
+            other.base_digest,
+            Some(held.clone()),
+            other.now,
+        )
+    };
+    assert!(resume(&spec).is_ok());
+    spec.rounds = 5;
+    assert!(resume(&spec).is_ok(), "more rounds cost a device nothing");
+    for change in [privacy(4), PrivacySpec { noise: NoiseSpec::Epsilon(1.0), ..privacy(3) }] {
+        let changed = TaskSpec { privacy: Some(change), ..spec.clone() };
+        let error = resume(&changed).unwrap_err().to_string();
+        assert!(error.contains("1 rounds ran under other protection"), "{error}");
+    }
+    let bare = TaskSpec { privacy: None, ..spec };
+    assert!(resume(&bare).unwrap_err().to_string().contains("other protection"));
+}
+
+/// The coordinator chooses the checkpoint, and so on which text training fails; whether it did is not told.
+#[test]
+fn a_device_whose_training_failed_takes_part_as_zero() {
+    let mut world = World::with_task(8, private(1, privacy(1)));
+    world.actors[2].fails_training = true;
+    world.run_to_end();
+    assert_eq!(world.charges[0].survivors, 8);
+    assert_eq!(participations(&world.actors[2]), 1);
+    let mut bare = World::with_task(5, secure_spec(5));
+    bare.actors[2].fails_training = true;
+    bare.run_attempts(1);
+    assert_eq!(bare.records()[0].withdrawn, 1, "without a promise of privacy it is reported");
+}
+
 #[test]
 fn devices_that_demand_privacy_take_no_part_without() {
     let mut world = World::new(5);

@@ -11,7 +11,7 @@ use crate::{Commit, Core, CoreEvent, OpeningWork, RoundRecord, SumCharge, TaskPr
 use fleetune_model::{adapter_formats::from_gguf_lora, base::BaseModel};
 use fleetune_proto::{
     CallFailure, Digest, FailureKind, UnixMillis,
-    device::{Action, Request, Response},
+    device::{Action, Request, Response, TrainingFailure},
     wire::{AdvertiseKeysResponse, advertise_keys_response::Outcome},
 };
 use made_up::tiny_base;
@@ -187,6 +187,10 @@ impl World {
             Some(Action::Fetch(digest)) => {
                 assert!(self.blobs.contains_key(&digest), "blob {digest} is durable before it is named");
                 actor.device.handle_fetched(now);
+            }
+            Some(Action::Train(_)) if actor.fails_training => {
+                let failure = TrainingFailure::Failed("the loss is no number".into());
+                actor.device.handle_training_failed(&failure, now);
             }
             Some(Action::Train(order)) => {
                 let delta = made_up_delta(index, order.round, order.plan.adapter.dimension);

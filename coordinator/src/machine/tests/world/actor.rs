@@ -40,6 +40,8 @@ pub(in super::super) struct Actor {
     pub(in super::super) alive: bool,
     pub(in super::super) training_ms: u64,
     pub(in super::super) faults: BTreeMap<Step, Fault>,
+    /// Its training diverges.
+    pub(in super::super) fails_training: bool,
     /// Falsifies what leaves.
     pub(in super::super) tamper: Option<fn(&mut Request)>,
     pub(in super::super) held: Option<Request>,
@@ -83,6 +85,7 @@ impl Actor {
             alive: true,
             training_ms: 500,
             faults: BTreeMap::new(),
+            fails_training: false,
             tamper: None,
             held: None,
             record: None,
