@@ -491,6 +491,9 @@ pub(crate) mod tests {
         check(&|p| of(p, &|p| p.mechanism = 0), "plan.aggregation.privacy.mechanism: unknown mechanism 0");
         check(&|p| of(p, &|p| p.variance_steps = 0), "plan.aggregation.privacy.variance_steps");
         check(&|p| of(p, &|p| p.delta = 1.0), "plan.aggregation.privacy.delta");
+        // Epsilon is over 50 there, and e^50 times the tables' error is more than a delta of 1e-6.
+        let much = |p: &mut wire::PrivacyPlan| p.participations_max = 1000;
+        check(&|p| of(p, &much), "plan.aggregation.privacy.delta: 1e-6; at epsilon");
         check(&|p| of(p, &|p| p.participations_max = 0), "plan.aggregation.privacy: participations");
         check(&|p| of(p, &|p| p.clip_units = 0), "plan.aggregation.privacy: clipping norm");
         // Ten in a hundred may collude; whoever counts on the noise of nine of them counts on nobody's.

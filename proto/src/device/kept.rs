@@ -185,3 +185,31 @@ impl RevealedRounds {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who can cut a file short (a full disk, a hand) must not make the device forget what it spent.
+    #[test]
+    fn a_record_that_is_not_whole_is_damaged_and_no_empty_ledger() {
+        let mut ledger = Ledger::default();
+        ledger.note_unprotected();
+        let record = DeviceRecord::write(&RevealedRounds::default(), None, &ledger);
+        assert_eq!(record.read().unwrap().ledger, ledger);
+        let bytes = record.as_bytes();
+        for length in 0..bytes.len() {
+            assert!(DeviceRecord::from_bytes(bytes[..length].to_vec()).read().is_err(), "{length} bytes");
+        }
+        for at in 0..bytes.len() {
+            let mut spoiled = bytes.to_vec();
+            spoiled[at] ^= 1;
+            assert!(DeviceRecord::from_bytes(spoiled).read().is_err(), "byte {at}");
+        }
+        // A whole file, but without a ledger.
+        let mut bare = Digest::of(&[]).sha256.to_vec();
+        assert!(DeviceRecord::from_bytes(bare.clone()).read().is_err());
+        bare.push(0);
+        assert!(DeviceRecord::from_bytes(bare).read().is_err());
+    }
+}

@@ -10,6 +10,9 @@ use fleetune_privacy::{
 };
 use std::fmt::Display;
 
+/// Most that the sampler's error may add to a plan's delta, as a share of it.
+const SAMPLER_SHARE_MAX: f64 = 0.01;
+
 pub(super) fn parse(wire: &wire::PrivacyPlan, summands_min: u32) -> Result<PrivacyParameters, WireError> {
     let mechanism = match NoiseMechanism::try_from(wire.mechanism) {
         Ok(NoiseMechanism::Skellam) => Mechanism::Skellam,
@@ -85,6 +88,7 @@ pub(super) fn check(plan: &TaskPlan) -> Result<(), WireError> {
             return Err(WireError::invalid("plan.aggregation.clipping_norm", problem));
         }
     }
+    check_sampler(&privacy, aggregation.summands_max)?;
     let least = colluders_min(secure);
     let colluders = parameters.colluders_max;
     if colluders < least {
@@ -101,6 +105,23 @@ pub(super) fn check(plan: &TaskPlan) -> Result<(), WireError> {
         return Err(WireError::invalid("plan.aggregation.ring_bits", problem));
     }
     Ok(())
+}
+
+/// What the sampler adds to delta must be nothing to speak of: it grows with e^epsilon, and an operator who asks
+/// for an epsilon of 60 would be told a delta that does not hold.
+fn check_sampler(privacy: &PrivacyPlan, summands_max: u32) -> Result<(), WireError> {
+    let parameters = privacy.parameters();
+    if parameters.noise_cohort.is_some() {
+        return Ok(());
+    }
+    let (epsilon, delta) = (privacy.task_curve().epsilon(parameters.delta).0, parameters.delta.value());
+    let added = privacy.sampler_delta(epsilon, summands_max);
+    if added <= SAMPLER_SHARE_MAX * delta {
+        return Ok(());
+    }
+    let problem =
+        format!("{delta:e}; at epsilon {epsilon:.1} the noise tables' error adds {added:.1e} to it");
+    Err(WireError::invalid("plan.aggregation.privacy.delta", problem))
 }
 
 impl SecurePlan {

@@ -194,6 +194,8 @@ fn cohorts_below_the_floors() {
     }
     let huge = |_: &mut World, view: &mut RosterView| view.members = u32::MAX;
     roster_lie(8, huge, |abort| matches!(abort, Abort::CohortTooLarge { .. }));
+    let most = |world: &mut World, _: &mut RosterView| world.policy.floors.members_max = 7;
+    roster_lie(8, most, |abort| *abort == Abort::CohortTooLarge { members: 8, max: 7 });
     let floor = |world: &mut World, _: &mut RosterView| world.policy.floors.cohort_min = 9;
     roster_lie(8, floor, |abort| *abort == Abort::CohortTooSmall { members: 8, floor: 9 });
 }

@@ -73,7 +73,13 @@ impl PrivacyReport {
 
     /// For people.
     pub(crate) fn in_words(&self) -> String {
-        let Some(guarantee) = &self.simulated_noise_cohort else { return self.statement.words() };
+        let Some(guarantee) = &self.simulated_noise_cohort else {
+            return format!(
+                "{} In this simulation the noise follows from the seed, so that runs repeat: whoever knows the seed can \
+                 take it away again. The statement is about devices, which draw theirs from the operating system.",
+                self.statement.words()
+            );
+        };
         let SimulatedGuarantee { deployment, epsilon, delta, noise_multiplier, .. } = guarantee;
         format!(
             "SIMULATED NOISE COHORT: nobody in this run was protected. Its means carry the noise that they would \

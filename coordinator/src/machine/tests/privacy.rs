@@ -6,7 +6,9 @@ use fleetune_model::adapter::Adapter;
 use fleetune_privacy::{
     AdaptationTarget, ClippingNorm, Delta, Guarantee, Mechanism, NoiseCohort, PrivacyStatement, Purpose,
 };
-use fleetune_proto::device::Event;
+use fleetune_proto::device::{Event, Request};
+use fleetune_secagg::Assumptions;
+use std::collections::BTreeMap;
 
 fn norm(value: f32) -> ClippingNorm {
     ClippingNorm::new(value).unwrap()
@@ -199,6 +201,56 @@ fn a_task_does_not_change_its_protection_on_the_way() {
     }
     let bare = TaskSpec { privacy: None, ..spec };
     assert!(resume(&bare).unwrap_err().to_string().contains("other protection"));
+}
+
+/// A coordinator that hands out the same session tokens in each round, so that a charge named by one would look
+/// like the charge before.
+#[test]
+fn a_session_token_used_again_makes_no_contribution_free() {
+    let spec = private(4, privacy(4));
+    let mut world = World::with_task(8, spec.clone());
+    for attempts in 1..4 {
+        world.restart_core_if_begun(&spec);
+        world.actors.iter_mut().for_each(Actor::forget_sent);
+        world.run_attempts(attempts);
+    }
+    let masked = |(device, call): &(usize, Request)| match call {
+        Request::SubmitMaskedUpdate(call) => Some((*device, call.session_token.clone())),
+        _ => None,
+    };
+    let mut tokens = BTreeMap::new();
+    world.calls.iter().filter_map(masked).for_each(|token| *tokens.entry(token).or_insert(0) += 1);
+    assert!(tokens.values().any(|count| *count > 1), "a device got a token that it had before");
+    assert_eq!(world.charges.len(), 3);
+    assert!(world.actors.iter().all(|actor| participations(actor) == 3));
+}
+
+/// A signer who drops privacy from a task that began with it.
+#[test]
+fn a_task_that_was_private_is_refused_without() {
+    let mut world = World::with_task(8, private(1, privacy(2)));
+    world.run_to_end();
+    let mut bare = World::with_task(0, TaskSpec { privacy: None, ..private(1, privacy(2)) });
+    (bare.actors, bare.now) = (world.actors, world.now);
+    let until = bare.now.plus(600_000);
+    bare.run_until(|world| world.now >= until);
+    assert!(bare.records().iter().all(|record| record.outcome != RoundOutcome::Finished));
+    let told = |event: &Event| matches!(event, Event::Refused(reason) if reason.contains("has none now"));
+    assert!(bare.actors.iter().all(|actor| actor.events.iter().any(told)));
+    assert!(bare.actors.iter().all(|actor| actor.device.ledger().unprotected() == 0));
+}
+
+/// A signer who writes that nobody colludes, and so has each device add less noise.
+#[test]
+fn devices_refuse_a_plan_that_counts_on_colluders_noise() {
+    let mut spec = private(1, privacy(1));
+    let secure = spec.aggregation.secure.as_mut().unwrap();
+    (secure.assumptions, secure.cohort_max) = (Assumptions::new(0, 200, 40, 20).unwrap(), 20);
+    let mut world = World::with_task(8, spec);
+    let until = world.now.plus(60_000);
+    world.run_until(|world| world.now >= until);
+    let told = |event: &Event| matches!(event, Event::Refused(reason) if reason.contains("0 colluders a cohort; this device demands 2"));
+    assert!(world.actors.iter().all(|actor| actor.events.iter().any(told)), "{:?}", world.actors[0].events);
 }
 
 /// The coordinator chooses the checkpoint, and so on which text training fails; whether it did is not told.

@@ -79,6 +79,16 @@ impl World {
         self.add_task(spec, Some(progress));
     }
 
+    /// Comes back each time with the same random numbers, and so with the same session tokens.
+    pub(super) fn restart_core_if_begun(&mut self, spec: &TaskSpec) {
+        if self.commits.is_empty() {
+            self.core = Core::new(setup(77));
+            self.add_task(spec.clone(), None);
+        } else {
+            self.restart_core(spec.clone());
+        }
+    }
+
     /// Runs until `done`; a world in which nothing happens any more is a failed test.
     pub(super) fn run_until(&mut self, done: impl Fn(&Self) -> bool) {
         for _ in 0..100_000 {

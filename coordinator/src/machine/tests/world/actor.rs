@@ -154,6 +154,11 @@ impl Actor {
         }
     }
 
+    /// Sessions to come may have the tokens of sessions that were.
+    pub(in super::super) fn forget_sent(&mut self) {
+        self.sent.clear();
+    }
+
     /// Two invariants of every message of secure aggregation: before it leaves, the disk holds what gives the
     /// same bytes again; and no step of a session ever sees other bytes.
     pub(super) fn check_repetition(&mut self, step: Step, request: &Request, now: UnixMillis) {
