@@ -214,9 +214,9 @@ fn a_session_token_used_again_makes_no_contribution_free() {
         world.actors.iter_mut().for_each(Actor::forget_sent);
         world.run_attempts(attempts);
     }
-    let masked = |(device, call): &(usize, Request)| match call {
-        Request::SubmitMaskedUpdate(call) => Some((*device, call.session_token.clone())),
-        _ => None,
+    let masked = |(device, call): &(usize, Request)| {
+        let Request::SubmitMaskedUpdate(call) = call else { return None };
+        Some((*device, call.session_token.clone()))
     };
     let mut tokens = BTreeMap::new();
     world.calls.iter().filter_map(masked).for_each(|token| *tokens.entry(token).or_insert(0) += 1);
