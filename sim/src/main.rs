@@ -20,6 +20,8 @@ enum Command {
     Eval(tools::EvalArgs),
     /// Print the token ids of texts.
     Tokenize(tools::TokenizeArgs),
+    /// Write an adapter in another format.
+    Export(tools::ExportArgs),
     /// Continue a text.
     Generate(tools::GenerateArgs),
     /// Plan a private run: what a mechanism gives away, and how much noise an epsilon needs.
@@ -39,6 +41,7 @@ fn main() -> anyhow::Result<()> {
         Command::Run(args) => run::run(&args).map(|_| ()),
         Command::Eval(args) => tools::eval(&args),
         Command::Tokenize(args) => tools::tokenize(&args),
+        Command::Export(args) => tools::export(&args),
         Command::Generate(args) => tools::generate_text(&args),
         Command::Account(command) => account::run(&command),
         Command::Bench(command) => bench::run(&command),

@@ -379,7 +379,7 @@ fn write_out(out: &Path, report: &Report, adapter: &Adapter, outcome: &FleetOutc
 }
 
 /// Peak resident memory, from the kernel's own count; 0 where there is none.
-fn peak_rss_mib() -> f64 {
+pub(crate) fn peak_rss_mib() -> f64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|rest| rest.split_whitespace().next()).and_then(|kib| kib.parse::<f64>().ok());

@@ -3,13 +3,15 @@
 
 #![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use fleetune_model::{
     adapter::Adapter,
-    adapter_formats::{from_gguf_lora, from_peft, read_peft_dir},
+    adapter_formats::{from_gguf_lora, from_peft, read_peft_dir, to_gguf_lora, to_peft, write_peft_dir},
     base::BaseModel,
     eval::token_nlls,
     generate::{Sampling, generate},
+    gguf::Metadata,
+    weights::WeightFormat,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -75,6 +77,23 @@ pub struct GenerateArgs {
     /// Seed of the choice.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+/// Writes an adapter in another format.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ExportArgs {
+    /// Base model that the adapter is for: a GGUF file or a Hugging Face folder.
+    #[arg(long)]
+    model: PathBuf,
+    /// Adapter: a GGUF LoRA file or a PEFT folder.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// "peft": a folder that peft loads; "gguf": a file that llama.cpp loads.
+    #[arg(long)]
+    format: String,
+    /// The folder or file to write; a file that is there already is refused.
+    #[arg(long)]
+    out: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -144,6 +163,27 @@ pub fn generate_text(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature, top_k, top_p, seed, max_tokens };
     let answer = generate(&base, adapter.as_ref(), &prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
     println!("{}{}", args.prompt, base.tokenizer.decode(&answer));
+    Ok(())
+}
+
+/// `fleetune-sim export`.
+pub fn export(args: &ExportArgs) -> Result<()> {
+    let base = open_base(&args.model)?;
+    let adapter = open_adapter(&args.adapter, &base)?;
+    ensure!(!args.out.exists(), "--out: {} is there already", args.out.display());
+    let context = || format!("--out: {}", args.out.display());
+    match args.format.as_str() {
+        "peft" => {
+            let files = to_peft(&adapter, &base.config, &base.config.name);
+            write_peft_dir(&files, &args.out).with_context(context)?;
+        }
+        "gguf" => {
+            let bytes = to_gguf_lora(&adapter, &base, WeightFormat::F32, &Metadata::default())?;
+            fs::write(&args.out, bytes).with_context(context)?;
+        }
+        other => bail!("--format: {other:?}; peft or gguf"),
+    }
+    println!("{}", args.out.display());
     Ok(())
 }
 
