@@ -1,12 +1,14 @@
 //! Model bytes that many tensors share: a mapped file, a constant in the program, or a vector.
 
-#![allow(unsafe_code, reason = "memory-mapping a file is unsafe by its nature; see the one SAFETY comment")]
+#![allow(unsafe_code, reason = "memory-mapping a file is unsafe by its nature; see the SAFETY comments")]
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::error::ModelError;
 
@@ -37,6 +39,24 @@ impl SharedBytes {
         // use gets a bus error, as with every mapped program or library file.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         Ok(Self(Source::Mapped(Arc::new(map))))
+    }
+
+    /// Gives the memory of whole pages inside `range` back where they can be read from a file again.
+    pub(crate) fn release(&self, range: std::ops::Range<usize>) {
+        #[cfg(unix)]
+        if let Source::Mapped(map) = &self.0 {
+            const PAGE: usize = 4096;
+            let (first, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            if first < end && end <= map.len() {
+                // SAFETY: the map is of a file and read-only: what is dropped is read again when it is touched.
+                let released =
+                    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, end - first) };
+                // Only memory is at stake.
+                drop(released);
+            }
+        }
+        #[cfg(not(unix))]
+        drop(range);
     }
 }
 

@@ -61,7 +61,12 @@ impl LoraPlan {
         self.layers[layer].values.clone()
     }
 
-    fn low_rank<'a>(&'a self, layer: usize, projection: Projection, theta: &'a [f32]) -> Option<LowRank<'a>> {
+    pub(crate) fn low_rank<'a>(
+        &'a self,
+        layer: usize,
+        projection: Projection,
+        theta: &'a [f32],
+    ) -> Option<LowRank<'a>> {
         let factors = self.layers[layer].factors[projection as usize].as_ref()?;
         let a = match &factors.a {
             FactorA::Trained(range) => &theta[range.clone()],

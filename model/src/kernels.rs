@@ -8,6 +8,7 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 pub(crate) mod head;
+pub(crate) mod int8;
 pub(crate) mod layer;
 pub(crate) mod layer_backward;
 pub(crate) mod linear;

@@ -32,6 +32,7 @@ mod decoder;
 pub mod eval;
 pub mod full;
 pub mod generate;
+pub mod infer;
 pub mod optim;
 pub mod train;
 

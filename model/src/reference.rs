@@ -62,6 +62,11 @@ fn logits() -> Logits {
     serde_json::from_str(include_str!("../data/reference/smollm2_logits.json")).unwrap()
 }
 
+/// The reference paragraph's ids.
+pub(crate) fn paragraph() -> Vec<u32> {
+    logits().paragraph_ids
+}
+
 #[test]
 fn every_token_of_the_paragraph_has_its_likelihood() {
     let Some(base) = smollm2() else { return };

@@ -215,6 +215,16 @@ impl WeightMatrix {
         dequantize::dequantize(self.format, &bytes[first_row * row..][..rows * row], dst);
     }
 
+    /// Gives back the memory of a weight that lies in a mapped file, until it is read again.
+    pub(crate) fn release(&self) {
+        match &self.storage {
+            Storage::Blocks(bytes, range) | Storage::Floats(Floats::Shared(bytes, range)) => {
+                bytes.release(range.clone());
+            }
+            Storage::Floats(Floats::Owned(_)) => {}
+        }
+    }
+
     /// All values, row-major.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {

@@ -23,10 +23,16 @@ pub(crate) enum Turn {
 impl RopeTable {
     /// A table for `positions` positions and heads of `head_dim` (even) values.
     pub(crate) fn new(positions: usize, head_dim: usize, base: f32) -> Self {
+        Self::from_position(0, positions, head_dim, base)
+    }
+
+    /// The same for `positions` positions from `first` on, which [`RopeTable::rotate`] counts from 0.
+    pub(crate) fn from_position(first: usize, positions: usize, head_dim: usize, base: f32) -> Self {
         let pairs = head_dim / 2;
         let frequency = |j: usize| f64::from(base).powf(-((2 * j) as f64) / head_dim as f64);
         let frequencies: Vec<f64> = (0..pairs).map(frequency).collect();
-        let angles = || (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        let range = first..first + positions;
+        let angles = || range.clone().flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         Self {
             pairs,
             cos: angles().map(|a| a.cos() as f32).collect(),

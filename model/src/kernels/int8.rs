@@ -1,0 +1,144 @@
+//! Products of quantized weights with activations in 8 bits, for inference.
+//!
+//! [`Packed`] holds a weight in panels of 16 rows: within a block of 32 columns, a 64-byte line holds four bytes
+//! of each row, so that one instruction multiplies four values of 16 rows. [`Quantized`] holds activations in
+//! blocks of 32 bytes with one scale. A dot product over a block is an exact integer; only the sums over
+//! blocks are rounded, so all instruction sets agree to the rounding of f32 sums.
+
+mod activations;
+mod pack;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use activations::Quantized;
+pub(crate) use pack::Packed;
+
+use pack::{Form, Line, PANEL};
+
+/// One panel: 16 rows (fewer in the last one) of a packed weight.
+#[derive(Debug, Clone, Copy)]
+struct Panel<'a> {
+    form: Form,
+    /// `form.lines()` a block.
+    quants: &'a [Line],
+    /// Scales in half precision: see [`Form::scale_lines`].
+    scales: &'a [Line],
+    blocks: usize,
+    /// Rows that are there, up to 16.
+    rows: usize,
+}
+
+/// Which code multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+}
+
+impl Kernel {
+    fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::has_vnni() {
+                return Self::Vnni;
+            }
+            if x86::has_avx2() {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+
+    /// Writes `y[t * stride + r]` for all rows t of x and rows r of the panel.
+    fn run(self, panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride: usize) {
+        match self {
+            Self::Portable => portable::panel(panel, x, y, stride),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::panel_avx2(panel, x, y, stride),
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => x86::panel_vnni(panel, x, y, stride),
+        }
+    }
+}
+
+impl Packed {
+    /// `y = x W^T`; y `[x.rows(), rows]`.
+    pub(crate) fn forward(&self, x: &Quantized, y: &mut [f32]) {
+        self.forward_with(Kernel::best(), x, y);
+    }
+
+    fn forward_with(&self, kernel: Kernel, x: &Quantized, y: &mut [f32]) {
+        assert!(x.cols() == self.cols() && y.len() == x.rows() * self.rows(), "shapes of a packed product");
+        for (index, panel) in self.panels().enumerate() {
+            kernel.run(panel, x, &mut y[index * PANEL..], self.rows());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::tests::noise;
+    use crate::weights::{WeightFormat, WeightMatrix};
+    use proptest::prelude::*;
+
+    const FORMATS: [WeightFormat; 3] = [WeightFormat::Q4_0, WeightFormat::Q4_1, WeightFormat::Q8_0];
+
+    fn kernels() -> Vec<Kernel> {
+        let mut kernels = vec![Kernel::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            kernels.extend(x86::has_avx2().then_some(Kernel::Avx2));
+            kernels.extend(x86::has_vnni().then_some(Kernel::Vnni));
+        }
+        kernels
+    }
+
+    /// What the kernels compute, in f64 from the expanded values of both sides.
+    fn expected(w: &WeightMatrix, x: &Quantized) -> Vec<f64> {
+        let (values, x) = (w.to_f32(), x.to_f32());
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        let rows = x.chunks_exact(w.cols());
+        rows.flat_map(|x| values.chunks_exact(w.cols()).map(move |w| dot(x, w))).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn every_kernel_gives_the_product_of_the_quantized_values(
+            rows in 1usize..70, blocks in 1usize..7, tokens in 1usize..30, seed in 0u32..1000, extreme: bool,
+        ) {
+            let cols = blocks * 32;
+            for format in FORMATS {
+                let mut values = noise(rows * cols, seed);
+                let mut x = noise(tokens * cols, seed + 1);
+                if extreme {
+                    values.iter_mut().for_each(|v| *v = v.signum());
+                    x.iter_mut().for_each(|v| *v = 3.0 * v.signum());
+                }
+                let w = WeightMatrix::from_f32(&values, rows, cols, format).unwrap();
+                let packed = Packed::new(&w).unwrap();
+                let x = Quantized::new(&x, cols);
+                let expected = expected(&w, &x);
+                for kernel in kernels() {
+                    let mut y = vec![f32::NAN; tokens * rows];
+                    packed.forward_with(kernel, &x, &mut y);
+                    for (i, (found, expected)) in y.iter().zip(&expected).enumerate() {
+                        let close = (f64::from(*found) - expected).abs() <= 2e-5 * (1.0 + expected.abs()) * blocks as f64;
+                        prop_assert!(close, "{format:?} {kernel:?} at {i}: {found} for {expected}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn formats_without_a_packed_form_are_left_alone() {
+        let w = WeightMatrix::from_f32(&noise(64, 1), 2, 32, WeightFormat::F16).unwrap();
+        assert!(Packed::new(&w).is_none());
+    }
+}

@@ -1,0 +1,106 @@
+//! Activations in 8 bits: each block of 32 values has its own scale, the largest magnitude over 127.
+
+use crate::kernels::simd::simd_fn;
+use crate::weights::BLOCK;
+
+/// Rows of activations as the integer kernels read them. Vectors keep their memory from use to use.
+#[derive(Debug, Default)]
+pub(crate) struct Quantized {
+    rows: usize,
+    cols: usize,
+    /// `[rows, cols]`.
+    pub(super) values: Vec<i8>,
+    /// Of each block, `[rows, cols / 32]`, as the next two.
+    pub(super) scales: Vec<f32>,
+    /// Sum of the integers.
+    pub(super) sums: Vec<i32>,
+    /// Sum of the values: scale times integer sum.
+    pub(super) offsets: Vec<f32>,
+}
+
+impl Quantized {
+    /// Rounds `x`, `[rows, cols]`, to the nearest multiples of its blocks' scales.
+    #[cfg(test)]
+    pub(crate) fn new(x: &[f32], cols: usize) -> Self {
+        let mut quantized = Self::default();
+        quantized.assign(x, cols);
+        quantized
+    }
+
+    /// The same in place of what was there.
+    pub(crate) fn assign(&mut self, x: &[f32], cols: usize) {
+        assert!(cols.is_multiple_of(BLOCK) && x.len().is_multiple_of(cols), "whole blocks of activations");
+        (self.rows, self.cols) = (x.len() / cols, cols);
+        let blocks = x.len() / BLOCK;
+        self.values.resize(x.len(), 0);
+        self.scales.resize(blocks, 0.0);
+        self.sums.resize(blocks, 0);
+        self.offsets.resize(blocks, 0.0);
+        quantize(x, &mut self.values, &mut self.scales, &mut self.sums, &mut self.offsets);
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[cfg(test)]
+    pub(super) fn to_f32(&self) -> Vec<f32> {
+        let blocks = self.values.chunks_exact(BLOCK).zip(&self.scales);
+        blocks.flat_map(|(block, scale)| block.iter().map(move |q| f32::from(*q) * scale)).collect()
+    }
+}
+
+/// Adding it rounds to an integer (ties to even) and leaves it in the low bits of the sum.
+const ROUNDER: f32 = 12_582_912.0;
+
+simd_fn! {
+    fn quantize(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [i32], offsets: &mut [f32]) {
+        let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
+        for ((((x, q), scale), sum), offset) in blocks.zip(scales).zip(sums).zip(offsets) {
+            let mut lanes = [0f32; 16];
+            for half in x.chunks_exact(16) {
+                for i in 0..16 {
+                    lanes[i] = lanes[i].max(half[i].abs());
+                }
+            }
+            let most = lanes.iter().fold(0f32, |m, v| m.max(*v));
+            let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+            let mut total = 0i32;
+            for (q, x) in q.iter_mut().zip(x) {
+                let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+                *q = rounded as i8;
+                total += rounded;
+            }
+            (*scale, *sum) = (most / 127.0, total);
+            *offset = *scale * total as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::tests::noise;
+
+    #[test]
+    fn values_are_kept_to_half_a_step() {
+        let mut x = noise(4 * 64, 9);
+        x[64..96].fill(0.0);
+        x[5] = -40.0;
+        let quantized = Quantized::new(&x, 64);
+        for (i, (kept, x)) in quantized.to_f32().iter().zip(&x).enumerate() {
+            let scale = quantized.scales[i / BLOCK];
+            assert!((kept - x).abs() <= 0.500_1 * scale, "{x} became {kept} at scale {scale}");
+        }
+        for (b, block) in quantized.values.chunks_exact(BLOCK).enumerate() {
+            let sum: i32 = block.iter().map(|q| i32::from(*q)).sum();
+            assert_eq!(quantized.sums[b], sum);
+            assert_eq!(quantized.offsets[b], quantized.scales[b] * sum as f32);
+        }
+        assert_eq!(quantized.values[5], -127);
+    }
+}
