@@ -16,12 +16,13 @@ pub use adapter::LoadedAdapter;
 pub use cache::Sequence;
 
 use crate::adapter::Adapter;
-use crate::base::{BaseModel, LayerWeights};
+use crate::base::BaseModel;
 use crate::batch::{InputError, check_ids};
 use crate::config::{ModelConfig, Projection};
 use crate::decoder::{embed, heads};
 use crate::kernels::activation::{add, swiglu};
 use crate::kernels::cross_entropy::nll_and_hits;
+use crate::kernels::int8::Packed;
 use crate::kernels::norm::Norm;
 use crate::kernels::rope::{RopeTable, Turn};
 use crate::kernels::scratch::{Buffer, buffer};
@@ -67,9 +68,12 @@ impl Engine {
     /// again.
     #[must_use]
     pub fn new(base: Arc<BaseModel>) -> Self {
-        let layer = |weights: &LayerWeights| weights.projections.each_ref().map(Matrix::new);
-        let layers = base.layers.iter().map(layer).collect();
-        let head = Matrix::new(base.head());
+        let projections = base.layers.iter().flat_map(|layer| &layer.projections);
+        let weights: Vec<_> = projections.chain([base.head()]).collect();
+        let mut matrices = Packed::all(&weights).into_iter().map(Matrix::new);
+        let mut next = || matrices.next().unwrap_or(Matrix::Stored);
+        let layers = base.layers.iter().map(|_| std::array::from_fn(|_| next())).collect();
+        let head = next();
         Self { base, layers, head }
     }
 

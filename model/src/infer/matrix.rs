@@ -44,14 +44,8 @@ impl Input {
 }
 
 impl Matrix {
-    pub(super) fn new(weight: &WeightMatrix) -> Self {
-        match Packed::new(weight) {
-            Some(packed) => {
-                weight.release();
-                Self::Packed(packed)
-            }
-            None => Self::Stored,
-        }
+    pub(super) fn new(packed: Option<Packed>) -> Self {
+        packed.map_or(Self::Stored, Self::Packed)
     }
 
     /// `x W^T`; `weight` is what the matrix was made of.

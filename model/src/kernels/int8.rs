@@ -6,6 +6,7 @@
 //! blocks are rounded, so all instruction sets agree to the rounding of f32 sums.
 
 mod activations;
+mod lines;
 mod pack;
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -14,16 +15,15 @@ mod x86;
 pub(crate) use activations::Quantized;
 pub(crate) use pack::Packed;
 
-use pack::{Form, Line, PANEL};
+use lines::Line;
+use pack::{Form, PANEL};
 
 /// One panel: 16 rows (fewer in the last one) of a packed weight.
 #[derive(Debug, Clone, Copy)]
 struct Panel<'a> {
     form: Form,
-    /// `form.lines()` a block.
-    quants: &'a [Line],
-    /// Scales in half precision: see [`Form::scale_lines`].
-    scales: &'a [Line],
+    /// Scales and integers: see [`Form::offsets`].
+    lines: &'a [Line],
     blocks: usize,
     /// Rows that are there, up to 16.
     rows: usize,
@@ -121,7 +121,7 @@ mod tests {
                     x.iter_mut().for_each(|v| *v = 3.0 * v.signum());
                 }
                 let w = WeightMatrix::from_f32(&values, rows, cols, format).unwrap();
-                let packed = Packed::new(&w).unwrap();
+                let packed = Packed::all(&[&w]).remove(0).unwrap();
                 let x = Quantized::new(&x, cols);
                 let expected = expected(&w, &x);
                 for kernel in kernels() {
@@ -138,7 +138,9 @@ mod tests {
 
     #[test]
     fn formats_without_a_packed_form_are_left_alone() {
-        let w = WeightMatrix::from_f32(&noise(64, 1), 2, 32, WeightFormat::F16).unwrap();
-        assert!(Packed::new(&w).is_none());
+        let [half, bytes] = [WeightFormat::F16, WeightFormat::Q8_0]
+            .map(|format| WeightMatrix::from_f32(&noise(64, 1), 2, 32, format).unwrap());
+        let packed = Packed::all(&[&half, &bytes, &half]);
+        assert!(packed[0].is_none() && packed[1].is_some() && packed[2].is_none());
     }
 }

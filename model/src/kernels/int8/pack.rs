@@ -1,15 +1,14 @@
 //! Weights in panels of 16 rows, made once from their stored blocks: the same bits in another order.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::Panel;
+use super::lines::{Line, Lines, Shared};
 use crate::weights::{BLOCK, WeightFormat, WeightMatrix};
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 16;
-
-/// A cache line and a vector register.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub(super) [u8; 64]);
 
 /// How a line's bytes become integers, and what a block adds to a sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,11 +40,25 @@ impl Form {
         }
     }
 
-    /// Lines of scales for so many blocks: 16 scales and 16 minima a block, or the scales of two blocks.
-    pub(super) fn scale_lines(self, blocks: usize) -> usize {
-        match self {
+    /// Lines of so many blocks. A line with 16 scales and 16 minima precedes each block, or one with the scales of
+    /// two blocks both of them: the kernels read a panel from its first line to its last.
+    pub(super) fn panel_lines(self, blocks: usize) -> usize {
+        let scales = match self {
             Self::NibblesMinimum => blocks,
             Self::Nibbles | Self::Bytes => blocks.div_ceil(2),
+        };
+        scales + blocks * self.lines()
+    }
+
+    /// Bytes before a block's scales and its integers in a panel. The minima follow 32 bytes after the scales.
+    #[inline(always)]
+    pub(super) fn offsets(self, block: usize) -> (usize, usize) {
+        match self {
+            Self::NibblesMinimum => (block * 320, block * 320 + 64),
+            Self::Nibbles | Self::Bytes => {
+                let (pair, odd) = (block / 2 * (64 + 128 * self.lines()), block % 2);
+                (pair + odd * 32, pair + 64 + odd * 64 * self.lines())
+            }
         }
     }
 
@@ -58,92 +71,117 @@ impl Form {
     }
 }
 
-/// A quantized weight `[rows, cols]` for the integer kernels.
+/// A quantized weight `[rows, cols]` for the integer kernels: panel after panel, each its integers and then its
+/// scales.
 pub(crate) struct Packed {
+    shape: Shape,
+    lines: Shared,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
     form: Form,
     rows: usize,
     cols: usize,
-    quants: Vec<Line>,
-    scales: Vec<Line>,
+}
+
+impl Shape {
+    /// None for formats without blocks of 32.
+    fn of(weight: &WeightMatrix) -> Option<Self> {
+        let form = Form::of(weight.format())?;
+        Some(Self { form, rows: weight.rows(), cols: weight.cols() })
+    }
+
+    fn blocks(self) -> usize {
+        self.cols / BLOCK
+    }
+
+    fn panel_lines(self) -> usize {
+        self.form.panel_lines(self.blocks())
+    }
+
+    fn lines(self) -> usize {
+        self.rows.div_ceil(PANEL) * self.panel_lines()
+    }
 }
 
 impl Packed {
-    /// None for formats without blocks of 32.
-    pub(crate) fn new(weight: &WeightMatrix) -> Option<Self> {
-        let form = Form::of(weight.format())?;
-        let (rows, cols) = (weight.rows(), weight.cols());
-        let (panels, blocks) = (rows.div_ceil(PANEL), cols / BLOCK);
-        let mut packed = Self {
-            form,
-            rows,
-            cols,
-            quants: Vec::with_capacity(panels * blocks * form.lines()),
-            scales: vec![Line([0; 64]); panels * form.scale_lines(blocks)],
-        };
-        let row_bytes = weight.as_bytes().len() / rows;
-        let panels = weight.as_bytes().chunks(PANEL * row_bytes);
-        for (stored, scales) in panels.zip(packed.scales.chunks_exact_mut(form.scale_lines(blocks))) {
-            let rows: Vec<&[u8]> = stored.chunks_exact(row_bytes).collect();
-            pack_panel(form, &rows, blocks, &mut packed.quants, scales);
+    /// Packs weights into one region of memory; none for those whose format has no blocks of 32. Each is let go
+    /// as soon as it is packed.
+    pub(crate) fn all(weights: &[&WeightMatrix]) -> Vec<Option<Self>> {
+        let shapes: Vec<Option<Shape>> = weights.iter().map(|weight| Shape::of(weight)).collect();
+        let total = shapes.iter().flatten().map(|shape| shape.lines()).sum();
+        let mut lines = Lines::new(total);
+        let mut rest = lines.as_mut_slice();
+        for (weight, shape) in weights.iter().zip(&shapes) {
+            let Some(shape) = shape else { continue };
+            let (own, others) = rest.split_at_mut(shape.lines());
+            pack(weight, *shape, own);
+            weight.release();
+            rest = others;
         }
-        Some(packed)
+        let lines = Arc::new(lines);
+        let mut first = 0;
+        let mut packed = |shape: Shape| {
+            let range: Range<usize> = first..first + shape.lines();
+            first = range.end;
+            Self { shape, lines: Shared::new(Arc::clone(&lines), range) }
+        };
+        shapes.into_iter().map(|shape| shape.map(&mut packed)).collect()
     }
 
     pub(crate) fn rows(&self) -> usize {
-        self.rows
+        self.shape.rows
     }
 
     pub(crate) fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Bytes held.
-    pub(crate) fn bytes(&self) -> usize {
-        (self.quants.len() + self.scales.len()) * size_of::<Line>()
+        self.shape.cols
     }
 
     pub(super) fn panels(&self) -> impl Iterator<Item = Panel<'_>> {
-        let blocks = self.cols / BLOCK;
-        let quants = self.quants.chunks_exact(blocks * self.form.lines());
-        let scales = self.scales.chunks_exact(self.form.scale_lines(blocks));
-        quants.zip(scales).enumerate().map(move |(index, (quants, scales))| Panel {
-            form: self.form,
-            quants,
-            scales,
-            blocks,
-            rows: PANEL.min(self.rows - index * PANEL),
+        let shape = self.shape;
+        let panels = self.lines.as_slice().chunks_exact(shape.panel_lines());
+        panels.enumerate().map(move |(index, lines)| {
+            let rows = PANEL.min(shape.rows - index * PANEL);
+            Panel { form: shape.form, lines, blocks: shape.blocks(), rows }
         })
     }
 }
 
-fn pack_panel(form: Form, rows: &[&[u8]], blocks: usize, quants: &mut Vec<Line>, scales: &mut [Line]) {
+fn pack(weight: &WeightMatrix, shape: Shape, lines: &mut [Line]) {
+    let bytes = weight.as_bytes();
+    let row_bytes = bytes.len() / shape.rows;
+    let panels = bytes.chunks(PANEL * row_bytes).zip(lines.chunks_exact_mut(shape.panel_lines()));
+    for (stored, lines) in panels {
+        let rows: Vec<&[u8]> = stored.chunks_exact(row_bytes).collect();
+        pack_panel(shape.form, &rows, shape.blocks(), bytemuck::cast_slice_mut(lines));
+    }
+}
+
+fn pack_panel(form: Form, rows: &[&[u8]], blocks: usize, panel: &mut [u8]) {
     let stride = rows[0].len() / blocks;
     // Bytes are stored with a sign and multiplied without.
-    let flip = if form == Form::Bytes { 0x80 } else { 0 };
+    let flip = if form == Form::Bytes { 0x8080_8080 } else { 0 };
     for block in 0..blocks {
-        let at = block * stride;
-        let mut lines = [Line([0; 64]); 8];
+        let (scales, quants) = form.offsets(block);
         for (r, row) in rows.iter().enumerate() {
-            let stored = &row[at + form.header()..at + stride];
-            for (line, four) in lines.iter_mut().zip(stored.chunks_exact(4)) {
-                let word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]) ^ (flip * 0x0101_0101);
-                line.0[4 * r..4 * r + 4].copy_from_slice(&word.to_le_bytes());
+            let stored = &row[block * stride..(block + 1) * stride];
+            let words = stored[form.header()..].chunks_exact(4);
+            let lines = panel[quants..quants + 64 * form.lines()].chunks_exact_mut(64);
+            for (line, four) in lines.zip(words) {
+                let word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]) ^ flip;
+                line[4 * r..4 * r + 4].copy_from_slice(&word.to_le_bytes());
             }
-            let (line, first) = match form {
-                Form::NibblesMinimum => (&mut scales[block], 0),
-                Form::Nibbles | Form::Bytes => (&mut scales[block / 2], block % 2 * 32),
-            };
-            line.0[first + 2 * r..first + 2 * r + 2].copy_from_slice(&row[at..at + 2]);
+            panel[scales + 2 * r..scales + 2 * r + 2].copy_from_slice(&stored[..2]);
             if form == Form::NibblesMinimum {
-                line.0[32 + 2 * r..34 + 2 * r].copy_from_slice(&row[at + 2..at + 4]);
+                panel[scales + 32 + 2 * r..scales + 34 + 2 * r].copy_from_slice(&stored[2..4]);
             }
         }
-        quants.extend_from_slice(&lines[..form.lines()]);
     }
 }
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Packed({} x {}, {:?})", self.rows, self.cols, self.form)
+        write!(f, "Packed({:?})", self.shape)
     }
 }

@@ -25,11 +25,13 @@ pub(super) fn panel(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride: usiz
 
 /// The block's integers without their offset (8 or 128), but nibbles with a minimum as they are.
 fn expand(panel: Panel<'_>, block: usize, weights: &mut [[i8; BLOCK]; PANEL]) {
-    let lines = &panel.quants[block * panel.form.lines()..][..panel.form.lines()];
-    for (i, line) in lines.iter().enumerate() {
+    let (_, quants) = panel.form.offsets(block);
+    let bytes: &[u8] = bytemuck::cast_slice(panel.lines);
+    let lines = bytes[quants..quants + 64 * panel.form.lines()].chunks_exact(64);
+    for (i, line) in lines.enumerate() {
         for (r, row) in weights.iter_mut().enumerate() {
             for b in 0..4 {
-                let byte = line.0[4 * r + b];
+                let byte = line[4 * r + b];
                 match panel.form {
                     Form::Bytes => row[4 * i + b] = (byte ^ 0x80) as i8,
                     Form::Nibbles => {
@@ -47,13 +49,14 @@ fn expand(panel: Panel<'_>, block: usize, weights: &mut [[i8; BLOCK]; PANEL]) {
 }
 
 fn scales(panel: Panel<'_>, block: usize) -> ([f32; PANEL], [f32; PANEL]) {
-    let half = |line: &[u8], r: usize| f16::from_le_bytes([line[2 * r], line[2 * r + 1]]).to_f32();
-    let (line, minima) = match panel.form {
-        Form::NibblesMinimum => (&panel.scales[block].0[..32], Some(&panel.scales[block].0[32..])),
-        Form::Nibbles | Form::Bytes => (&panel.scales[block / 2].0[block % 2 * 32..][..32], None),
+    let (at, _) = panel.form.offsets(block);
+    let bytes: &[u8] = bytemuck::cast_slice(panel.lines);
+    let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+    let minimum = |r| match panel.form {
+        Form::NibblesMinimum => half(at + 32 + 2 * r),
+        Form::Nibbles | Form::Bytes => 0.0,
     };
-    let minima = std::array::from_fn(|r| minima.map_or(0.0, |line| half(line, r)));
-    (std::array::from_fn(|r| half(line, r)), minima)
+    (std::array::from_fn(|r| half(at + 2 * r)), std::array::from_fn(minimum))
 }
 
 simd_fn! {

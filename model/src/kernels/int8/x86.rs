@@ -28,8 +28,7 @@ const AHEAD: usize = 2048;
 /// Pointers into one panel and to the first of a tile's rows of activations and sums.
 #[derive(Clone, Copy)]
 struct Tile {
-    quants: *const u8,
-    scales: *const u8,
+    panel: *const u8,
     blocks: usize,
     values: *const i8,
     x_scales: *const f32,
@@ -43,8 +42,7 @@ struct Tile {
 /// Checks every length that the tiles rely on, and runs them.
 fn for_each_tile(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride: usize, run: impl Fn(Tile, usize)) {
     let (tokens, blocks) = (x.rows(), panel.blocks);
-    assert!(panel.quants.len() == blocks * panel.form.lines());
-    assert!(panel.scales.len() == panel.form.scale_lines(blocks));
+    assert!(panel.lines.len() == panel.form.panel_lines(blocks));
     assert!(x.values.len() == tokens * blocks * BLOCK && x.scales.len() == tokens * blocks);
     assert!(x.sums.len() == tokens * blocks && x.offsets.len() == tokens * blocks);
     assert!(panel.rows <= PANEL && panel.rows <= stride);
@@ -54,8 +52,7 @@ fn for_each_tile(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride: usize, 
         let left = tokens - first;
         let take = if left >= TILE { TILE } else { 1 << left.ilog2() };
         let tile = Tile {
-            quants: panel.quants.as_ptr().cast(),
-            scales: panel.scales.as_ptr().cast(),
+            panel: panel.lines.as_ptr().cast(),
             blocks,
             values: x.values[first * blocks * BLOCK..].as_ptr(),
             x_scales: x.scales[first * blocks..].as_ptr(),
@@ -100,16 +97,21 @@ pub(super) fn panel_vnni(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride:
 /// T rows of activations against a panel; FORM is 0 for nibbles with minima, 1 for nibbles, 2 for bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn vnni<const T: usize, const FORM: u8>(tile: Tile) {
-    let lines = if FORM == 2 { 8 } else { 4 };
+    let form = match FORM {
+        0 => Form::NibblesMinimum,
+        1 => Form::Nibbles,
+        _ => Form::Bytes,
+    };
     let low = _mm512_set1_epi8(15);
     let mut acc = [_mm512_setzero_ps(); T];
     for block in 0..tile.blocks {
         // SAFETY (of the whole block): the caller vouches for `blocks` blocks of integers, scales and
         // activations; offsets below stay inside block number `block`. Prefetching takes any address.
         unsafe {
-            let quants = tile.quants.add(block * lines * 64);
+            let (scales, quants) = form.offsets(block);
+            let (scales, quants) = (tile.panel.add(scales), tile.panel.add(quants));
             if T == 1 {
-                for line in 0..lines {
+                for line in 0..form.lines() + 1 {
                     _mm_prefetch::<_MM_HINT_T0>(quants.wrapping_add(AHEAD + line * 64).cast());
                 }
             }
@@ -125,13 +127,12 @@ unsafe fn vnni<const T: usize, const FORM: u8>(tile: Tile) {
                     w[4 + i] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
                 }
             }
-            let scale_at = if FORM == 0 { block * 64 } else { block * 32 };
-            let scales = _mm512_cvtph_ps(_mm256_load_si256(tile.scales.add(scale_at).cast()));
             let minima = if FORM == 0 {
-                _mm512_cvtph_ps(_mm256_load_si256(tile.scales.add(scale_at + 32).cast()))
+                _mm512_cvtph_ps(_mm256_load_si256(scales.add(32).cast()))
             } else {
                 _mm512_setzero_ps()
             };
+            let scales = _mm512_cvtph_ps(_mm256_load_si256(scales.cast()));
             for (t, acc) in acc.iter_mut().enumerate() {
                 let at = t * tile.blocks + block;
                 let x: *const i32 = tile.values.add(at * BLOCK).cast();
@@ -185,7 +186,8 @@ unsafe fn avx2(tile: Tile, form: Form, half: usize, t: usize) {
     for block in 0..tile.blocks {
         // SAFETY (of the whole block): as in `vnni`; a half is 32 bytes of each line and 16 of scales.
         unsafe {
-            let quants = tile.quants.add(block * form.lines() * 64 + half * 32);
+            let (scales, quants) = form.offsets(block);
+            let (scales, quants) = (tile.panel.add(scales + first * 2), tile.panel.add(quants + half * 32));
             let at = t * tile.blocks + block;
             let x: *const i32 = tile.values.add(at * BLOCK).cast();
             let word = |i: usize| _mm256_set1_epi32(x.add(i).read_unaligned());
@@ -206,12 +208,12 @@ unsafe fn avx2(tile: Tile, form: Form, half: usize, t: usize) {
             if form == Form::Nibbles {
                 dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * *tile.sums.add(at)));
             }
-            let scale_at = if form == Form::NibblesMinimum { block * 64 } else { block * 32 } + first * 2;
-            let scales = _mm256_cvtph_ps(_mm_load_si128(tile.scales.add(scale_at).cast()));
+            let minima = scales.add(32);
+            let scales = _mm256_cvtph_ps(_mm_load_si128(scales.cast()));
             let scales = _mm256_mul_ps(scales, _mm256_set1_ps(*tile.x_scales.add(at)));
             acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scales, acc);
             if form == Form::NibblesMinimum {
-                let minima = _mm256_cvtph_ps(_mm_load_si128(tile.scales.add(scale_at + 32).cast()));
+                let minima = _mm256_cvtph_ps(_mm_load_si128(minima.cast()));
                 acc = _mm256_fmadd_ps(minima, _mm256_set1_ps(*tile.offsets.add(at)), acc);
             }
         }
