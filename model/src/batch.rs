@@ -1,7 +1,9 @@
 //! Batches of token sequences and what can be wrong with them.
 
+use crate::generate::SamplingError;
+
 /// Token ids that the model at hand cannot take.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum InputError {
     /// There is nothing to predict.
     #[error("no tokens to predict: {found} ids given, at least {needed} needed")]
@@ -49,6 +51,9 @@ pub enum InputError {
         /// The model's name.
         model: String,
     },
+    /// A setting that no choice of a next token can follow.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
 }
 
 /// Sequences of one length with a target for each input.

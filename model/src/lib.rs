@@ -28,6 +28,7 @@ mod kernels;
 mod ops;
 
 pub mod batch;
+pub mod chat;
 mod decoder;
 pub mod eval;
 pub mod full;

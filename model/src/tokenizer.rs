@@ -168,7 +168,7 @@ impl Tokenizer {
     }
 
     /// The first token in the text that is to stay whole: where, its text, its id.
-    fn next_whole(&self, text: &str) -> Option<(usize, &str, u32)> {
+    pub(crate) fn next_whole(&self, text: &str) -> Option<(usize, &str, u32)> {
         (0..text.len()).filter(|&at| text.is_char_boundary(at)).find_map(|at| {
             let found = self.inner.whole.iter().find(|(token, _)| text[at..].starts_with(token))?;
             Some((at, found.0.as_str(), found.1))

@@ -12,9 +12,9 @@ pub enum Command {
     /// One session of secure aggregation in one process, over the state machines that ship.
     Secagg(SecaggArgs),
     /// LoRA training steps on one thread.
-    Train(engine::TrainArgs),
+    Train(TrainArgs),
     /// Reading a prompt and writing after it, on one thread.
-    Infer(engine::InferArgs),
+    Infer(InferArgs),
 }
 
 /// Measures and prints.

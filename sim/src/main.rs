@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{account, bench, pretrain, run, tools};
+use fleetune_sim::{account, bench, chat, pretrain, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -24,6 +24,8 @@ enum Command {
     Export(tools::ExportArgs),
     /// Continue a text.
     Generate(tools::GenerateArgs),
+    /// Talk with a model that has a chat template.
+    Chat(chat::ChatArgs),
     /// Plan a private run: what a mechanism gives away, and how much noise an epsilon needs.
     #[command(subcommand)]
     Account(account::Command),
@@ -43,6 +45,7 @@ fn main() -> anyhow::Result<()> {
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Export(args) => tools::export(&args),
         Command::Generate(args) => tools::generate_text(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Account(command) => account::run(&command),
         Command::Bench(command) => bench::run(&command),
         Command::Pretrain(args) => pretrain::run(&args),

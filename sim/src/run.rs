@@ -321,7 +321,7 @@ fn continuation(
     prompt: &str,
 ) -> Result<String> {
     let ids = base.tokenizer.encode_ordinary(prompt);
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, max_tokens: SAMPLE_TOKENS };
+    let sampling = Sampling { temperature: 0.0, max_tokens: SAMPLE_TOKENS, ..Sampling::default() };
     let answer = generate(base, adapter, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
     Ok(base.tokenizer.decode(&answer))
 }

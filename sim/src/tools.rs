@@ -1,5 +1,5 @@
-//! Small programs beside the simulator: `eval`, `tokenize` and `generate`, for people and for checks
-//! against other software.
+//! Small programs beside the simulator: `eval`, `tokenize`, `generate` and `export`, for people and for
+//! checks against other software.
 
 #![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
 
@@ -74,6 +74,9 @@ pub struct GenerateArgs {
     /// Choose among the likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 0.95)]
     top_p: f32,
+    /// Of these, choose among those with this share of the likeliest token's probability; 0: all.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
     /// Seed of the choice.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -159,8 +162,8 @@ pub fn generate_text(args: &GenerateArgs) -> Result<()> {
     let (base, adapter) = open(&args.model)?;
     let prompt = base.tokenizer.encode(&args.prompt, false);
     ensure!(!prompt.is_empty(), "--prompt: at least one token");
-    let GenerateArgs { max_tokens, temperature, top_k, top_p, seed, .. } = *args;
-    let sampling = Sampling { temperature, top_k, top_p, seed, max_tokens };
+    let GenerateArgs { max_tokens, temperature, top_k, top_p, min_p, seed, .. } = *args;
+    let sampling = Sampling { temperature, top_k, top_p, min_p, seed, max_tokens };
     let answer = generate(&base, adapter.as_ref(), &prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
     println!("{}{}", args.prompt, base.tokenizer.decode(&answer));
     Ok(())
@@ -187,7 +190,8 @@ pub fn export(args: &ExportArgs) -> Result<()> {
     Ok(())
 }
 
-fn open(args: &ModelArgs) -> Result<(BaseModel, Option<Adapter>)> {
+/// The model and adapter that the flags name.
+pub(crate) fn open(args: &ModelArgs) -> Result<(BaseModel, Option<Adapter>)> {
     let base = open_base(&args.model)?;
     let adapter = args.adapter.as_deref().map(|path| open_adapter(path, &base)).transpose()?;
     Ok((base, adapter))
@@ -215,3 +219,6 @@ fn group_nll(base: &BaseModel, adapter: Option<&Adapter>, blocks: &[Block]) -> R
         token_nll.iter().flatten().fold((0.0, 0usize), |(sum, n), nll| (sum + f64::from(*nll), n + 1));
     Ok(GroupNll { nll: sum / count as f64, token_nll })
 }
+
+#[cfg(test)]
+mod tests;
