@@ -1,7 +1,6 @@
 //! A base model and, if any, an adapter's values, seen as kernel layers.
 //!
-//! [`LoraPlan`] knows where each factor lies in the flat vector; [`Decoder`] runs the layers for scoring and
-//! generation; [`AdaptedLayer`] and [`FrozenHead`] are the same layers as sources of burn operations.
+//! [`LoraPlan`] knows where each factor lies in the flat vector; [`Decoder`] runs the layers for scoring; [`AdaptedLayer`] and [`FrozenHead`] are the same layers as sources of burn operations.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use crate::batch::InputError;
 use crate::config::{ModelConfig, Projection};
 use crate::kernels::attention::Heads;
 use crate::kernels::head::{Head, HeadGradients};
-use crate::kernels::layer::{KeyValues, Layer};
+use crate::kernels::layer::Layer;
 use crate::kernels::layer_backward::LayerGradients;
 use crate::kernels::linear::{Linear, LinearGradients, LowRank, Weight};
 use crate::kernels::norm::Norm;
@@ -215,28 +214,18 @@ impl<'a> Decoder<'a> {
         head(self.base)
     }
 
-    /// An empty cache.
-    pub(crate) fn cache(&self) -> Vec<KeyValues> {
-        (0..self.base.config.layers).map(|_| KeyValues::default()).collect()
-    }
-
     /// The residual stream after the last layer for whole sequences of `length` ids.
     pub(crate) fn hidden(&self, ids: &[u32], length: usize) -> Buffer {
-        self.run(ids, |layer, _, x, y| drop(layer.forward(x, length, y)))
+        self.run(ids, |layer, x, y| drop(layer.forward(x, length, y)))
     }
 
-    /// The same for the ids that follow those in `cache`, which takes them in.
-    pub(crate) fn extend(&self, ids: &[u32], cache: &mut [KeyValues]) -> Buffer {
-        self.run(ids, |layer, index, x, y| layer.extend(x, &mut cache[index], y))
-    }
-
-    fn run(&self, ids: &[u32], mut apply: impl FnMut(&Layer<'_>, usize, &[f32], &mut [f32])) -> Buffer {
+    fn run(&self, ids: &[u32], apply: impl Fn(&Layer<'_>, &[f32], &mut [f32])) -> Buffer {
         let mut x = buffer(ids.len() * self.base.config.hidden);
         let mut y = buffer(x.len());
         embed(self.base, ids, &mut x);
         for index in 0..self.base.config.layers {
             let lora = self.lora.as_ref().map(|(plan, values)| (plan, &values[plan.values(index)]));
-            apply(&layer(self.base, index, &self.rope, lora), index, &x, &mut y);
+            apply(&layer(self.base, index, &self.rope, lora), &x, &mut y);
             std::mem::swap(&mut x, &mut y);
         }
         x

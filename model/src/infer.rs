@@ -198,7 +198,7 @@ impl Engine {
         }
         for piece in pieces {
             let span = &mut spans[piece.span];
-            span.sequence.positions += piece.ids.len();
+            span.sequence.ids.extend(&span.ids[piece.ids.clone()]);
             let rows = &x[piece.rows.start * width..piece.rows.end * width];
             take(piece.span, piece.ids.end == span.ids.len(), rows);
         }

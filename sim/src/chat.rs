@@ -1,17 +1,17 @@
 //! `fleetune-sim chat`: a conversation with a model on the terminal or through a pipe. A line is a message;
 //! answers appear as they are made. Answers go to standard output, all else to standard error.
 
-use crate::tools::{ModelArgs, open};
+use crate::tools::{ModelArgs, open, sequence};
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
-    adapter::Adapter,
-    base::BaseModel,
     chat::{ChatTemplate, Message, Role},
     generate::{Answer, EndReason, Ends, Sampling, generate_text},
+    infer::{Engine, Sequence},
 };
 use std::{
     io::{self, BufRead, IsTerminal, Write},
     ops::ControlFlow,
+    sync::Arc,
 };
 
 /// Talks with a model that has a chat template.
@@ -60,8 +60,9 @@ pub fn run(args: &ChatArgs) -> Result<()> {
 
 /// A model and what was said so far.
 struct Chat {
-    base: BaseModel,
-    adapter: Option<Adapter>,
+    engine: Engine,
+    /// What the model holds of the conversation: only what is new is read.
+    sequence: Sequence,
     template: ChatTemplate,
     sampling: Sampling,
     ends: Ends,
@@ -80,7 +81,9 @@ impl Chat {
         let template = ChatTemplate::of(&base).with_context(|| format!("model {name}"))?;
         let ends = Ends { tokens: template.end_tokens(), strings: args.stop.clone() };
         let conversation = Conversation::new(args.system.as_deref());
-        Ok(Self { base, adapter, template, sampling, ends, conversation })
+        let engine = Engine::new(Arc::new(base));
+        let sequence = sequence(&engine, adapter.as_ref())?;
+        Ok(Self { engine, sequence, template, sampling, ends, conversation })
     }
 
     /// A message a line, until the input ends or nobody listens.
@@ -112,7 +115,7 @@ impl Chat {
     /// Answers one message, in the light of those before it.
     fn exchange(&mut self, message: &str, out: &mut dyn Write, notes: &mut dyn Write) -> Result<()> {
         self.conversation.push(Role::User, message);
-        let context = self.base.config.context_length;
+        let context = self.engine.base().config.context_length;
         let template = &self.template;
         let room = context.saturating_sub(self.sampling.max_tokens);
         let (prompt, dropped) =
@@ -138,13 +141,13 @@ impl Chat {
         Ok(())
     }
 
-    /// The one place where the model runs. Each answer reads the whole conversation anew.
-    fn answer(&self, prompt: &[u32], on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Answer> {
+    /// The one place where the model runs.
+    fn answer(&mut self, prompt: &[u32], on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Answer> {
         // Other choices each turn, from one seed.
         let seed = self.sampling.seed.wrapping_add(self.conversation.answers as u64);
         let sampling = Sampling { seed, ..self.sampling.clone() };
         let ends = self.ends.clone();
-        Ok(generate_text(&self.base, self.adapter.as_ref(), prompt, &sampling, ends, on_text)?)
+        Ok(generate_text(&self.engine, &mut self.sequence, prompt, &sampling, ends, on_text)?)
     }
 }
 

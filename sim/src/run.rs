@@ -14,6 +14,7 @@ use crate::{
         PrivacyReport, ReleaseReport, Report, RoundReport, Sample, Scores, SecureReport, html, table,
     },
     scenario::Scenario,
+    tools::sequence,
 };
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
@@ -21,6 +22,7 @@ use fleetune_model::{
     adapter_formats::from_gguf_lora,
     eval::evaluate,
     generate::{Sampling, generate},
+    infer::Engine,
 };
 use std::{
     fs,
@@ -300,8 +302,9 @@ fn release_report(pool: &Pool, experiment: &Experiment, outcome: &FleetOutcome) 
         (Arc::clone(&outcome.adapter_gguf), outcome.manifest.clone(), outcome.devices_active);
     pool.submit(move |_| {
         let released = from_gguf_lora(&gguf, &base).context("the released adapter")?;
+        let engine = Engine::new(Arc::clone(&base));
         let sample = |prompt: &&str| -> Result<Sample> {
-            let say = |adapter: Option<&Adapter>| continuation(&base, adapter, prompt);
+            let say = |adapter: Option<&Adapter>| continuation(&engine, adapter, prompt);
             Ok(Sample { prompt: (*prompt).into(), base: say(None)?, released: say(Some(&released))? })
         };
         Ok(ReleaseReport {
@@ -315,14 +318,12 @@ fn release_report(pool: &Pool, experiment: &Experiment, outcome: &FleetOutcome) 
     })
 }
 
-fn continuation(
-    base: &fleetune_model::base::BaseModel,
-    adapter: Option<&Adapter>,
-    prompt: &str,
-) -> Result<String> {
+fn continuation(engine: &Engine, adapter: Option<&Adapter>, prompt: &str) -> Result<String> {
+    let base = engine.base();
     let ids = base.tokenizer.encode_ordinary(prompt);
     let sampling = Sampling { temperature: 0.0, max_tokens: SAMPLE_TOKENS, ..Sampling::default() };
-    let answer = generate(base, adapter, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
+    let mut sequence = sequence(engine, adapter)?;
+    let answer = generate(engine, &mut sequence, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
     Ok(base.tokenizer.decode(&answer))
 }
 

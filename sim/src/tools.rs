@@ -11,6 +11,7 @@ use fleetune_model::{
     eval::token_nlls,
     generate::{Sampling, generate},
     gguf::Metadata,
+    infer::{Engine, Sequence},
     weights::WeightFormat,
 };
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use std::{
     io::{self, BufRead, Write},
     ops::ControlFlow,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// A base model, with or without an adapter.
@@ -164,8 +166,11 @@ pub fn generate_text(args: &GenerateArgs) -> Result<()> {
     ensure!(!prompt.is_empty(), "--prompt: at least one token");
     let GenerateArgs { max_tokens, temperature, top_k, top_p, min_p, seed, .. } = *args;
     let sampling = Sampling { temperature, top_k, top_p, min_p, seed, max_tokens };
-    let answer = generate(&base, adapter.as_ref(), &prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
-    println!("{}{}", args.prompt, base.tokenizer.decode(&answer));
+    let engine = Engine::new(Arc::new(base));
+    let mut sequence = sequence(&engine, adapter.as_ref())?;
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let answer = generate(&engine, &mut sequence, &prompt, &sampling, go_on)?;
+    println!("{}{}", args.prompt, engine.base().tokenizer.decode(&answer));
     Ok(())
 }
 
@@ -197,11 +202,17 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(BaseModel, Option<Adapter>)> {
     Ok((base, adapter))
 }
 
+/// An empty sequence under the adapter, if there is one.
+pub(crate) fn sequence(engine: &Engine, adapter: Option<&Adapter>) -> Result<Sequence> {
+    let loaded = adapter.map(|adapter| engine.load_adapter(adapter)).transpose()?;
+    Ok(engine.sequence(loaded))
+}
+
 fn open_base(path: &Path) -> Result<BaseModel> {
     BaseModel::open(path).with_context(|| format!("model {}", path.display()))
 }
 
-fn open_adapter(path: &Path, base: &BaseModel) -> Result<Adapter> {
+pub(crate) fn open_adapter(path: &Path, base: &BaseModel) -> Result<Adapter> {
     let context = || format!("adapter {}", path.display());
     if path.is_dir() {
         return from_peft(&read_peft_dir(path).with_context(context)?, &base.config).with_context(context);

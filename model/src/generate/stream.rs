@@ -5,9 +5,9 @@ use std::mem;
 use std::ops::ControlFlow;
 
 use super::{Sampling, generate};
-use crate::adapter::Adapter;
 use crate::base::BaseModel;
 use crate::batch::InputError;
+use crate::infer::{Engine, Sequence};
 use crate::tokenizer::Tokenizer;
 
 /// What ends a text besides its length.
@@ -148,16 +148,17 @@ pub struct Answer {
 /// # Errors
 /// Those of [`generate`].
 pub fn generate_text(
-    base: &BaseModel,
-    adapter: Option<&Adapter>,
+    engine: &Engine,
+    sequence: &mut Sequence,
     prompt: &[u32],
     sampling: &Sampling,
     ends: Ends,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Answer, InputError> {
+    let base = engine.base();
     let stream = TextStream::new(&base.tokenizer, ends);
     let mut shown = Shown { stream, text: String::new(), cancelled: false, on_text };
-    let mut ids = generate(base, adapter, prompt, sampling, &mut |token| {
+    let mut ids = generate(engine, sequence, prompt, sampling, &mut |token| {
         let piece = shown.stream.push(token);
         shown.show(&piece)
     })?;
@@ -337,17 +338,19 @@ mod tests {
 
     #[test]
     fn a_text_that_is_made_says_why_it_ended() {
-        let base = base();
+        let engine = Engine::new(base());
+        let base = engine.base();
         let sampling =
             Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_tokens: 40, ..Sampling::default() };
         let run = |prompt: &[u32], sampling: &Sampling, ends: Ends, listen: usize| {
             let mut heard = String::new();
             let mut left = listen;
-            let answer = generate_text(&base, None, prompt, sampling, ends, &mut |text| {
-                heard.push_str(text);
-                left -= 1;
-                if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            });
+            let answer =
+                generate_text(&engine, &mut engine.sequence(None), prompt, sampling, ends, &mut |text| {
+                    heard.push_str(text);
+                    left -= 1;
+                    if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                });
             let answer = answer.unwrap();
             assert_eq!(answer.text, heard);
             answer

@@ -14,7 +14,8 @@ use crate::kernels::simd::{dot, exp, max, simd_fn, sum};
 #[derive(Debug)]
 pub struct Sequence {
     pub(super) layers: Vec<LayerCache>,
-    pub(super) positions: usize,
+    /// The tokens taken in.
+    pub(super) ids: Vec<u32>,
     pub(super) adapter: Option<Arc<LoadedAdapter>>,
 }
 
@@ -27,32 +28,39 @@ pub(super) struct LayerCache {
 
 impl Sequence {
     pub(super) fn new(layers: usize, adapter: Option<Arc<LoadedAdapter>>) -> Self {
-        Self { layers: vec![LayerCache::default(); layers], positions: 0, adapter }
+        Self { layers: vec![LayerCache::default(); layers], ids: Vec::new(), adapter }
     }
 
     /// Tokens taken in.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.positions
+        self.ids.len()
     }
 
     /// True before the first token.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.positions == 0
+        self.ids.is_empty()
     }
 
     /// Forgets all tokens but the first `positions`.
     pub fn truncate(&mut self, positions: usize) {
-        if positions >= self.positions {
+        if positions >= self.ids.len() {
             return;
         }
         for layer in &mut self.layers {
-            let kept = layer.keys.len() / self.positions * positions;
+            let kept = layer.keys.len() / self.ids.len() * positions;
             layer.keys.truncate(kept);
             layer.values.truncate(kept);
         }
-        self.positions = positions;
+        self.ids.truncate(positions);
+    }
+
+    /// Forgets what `prompt` does not begin with, and at least its last token; returns how many tokens are left.
+    pub(crate) fn keep_beginning_of(&mut self, prompt: &[u32]) -> usize {
+        let same = self.ids.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        self.truncate(same.min(prompt.len().saturating_sub(1)));
+        self.ids.len()
     }
 }
 

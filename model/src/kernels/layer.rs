@@ -1,5 +1,5 @@
-//! One pre-norm decoder layer, forward: over whole sequences for training and scoring, and over new tokens
-//! with cached keys and values for generation. `layer_backward.rs` holds the gradients.
+//! One pre-norm decoder layer, forward, over whole sequences for training and scoring. `layer_backward.rs` holds the
+//! gradients, `infer.rs` the layer over new tokens with cached keys and values.
 
 use super::activation::{add, swiglu};
 use super::attention::{Attention, Heads};
@@ -51,13 +51,6 @@ pub(crate) struct SavedFeedForward {
     pub(crate) up: Buffer,
 }
 
-/// Rotated keys and values of the tokens seen so far, rows of `kv_heads * head_dim`.
-#[derive(Debug, Default)]
-pub(crate) struct KeyValues {
-    pub(crate) keys: Vec<f32>,
-    pub(crate) values: Vec<f32>,
-}
-
 struct Projected {
     inverse_rms: Buffer,
     q: Buffer,
@@ -69,7 +62,7 @@ impl Layer<'_> {
     /// x and y: `[sequences * length, hidden]`.
     pub(crate) fn forward(&self, x: &[f32], length: usize, y: &mut [f32]) -> Saved {
         let mut low = LowActivations::default();
-        let p = self.project(x, 0, length, &mut low);
+        let p = self.project(x, length, &mut low);
         let (context, log_sum) = self.attend_sequences(&p, length);
         let feed_forward = self.finish(x, &context, y, &mut low);
         let attention =
@@ -77,32 +70,17 @@ impl Layer<'_> {
         Saved { attention, feed_forward, low }
     }
 
-    /// x and y: `[new tokens, hidden]` of one sequence, right after those in `cache`, which grows.
-    pub(crate) fn extend(&self, x: &[f32], cache: &mut KeyValues, y: &mut [f32]) {
-        let past = cache.keys.len() / self.heads.kv_width();
-        let length = x.len() / self.attn_norm.gain.len();
-        let mut low = LowActivations::default();
-        let p = self.project(x, past, length, &mut low);
-        cache.keys.extend_from_slice(&p.k);
-        cache.values.extend_from_slice(&p.v);
-        let mut context = buffer(p.q.len());
-        let mut log_sum = buffer(length * self.heads.heads);
-        Attention { shape: self.heads, q: &p.q, k: &cache.keys, v: &cache.values, past }
-            .forward(&mut context, &mut log_sum);
-        self.finish(x, &context, y, &mut low);
-    }
-
     pub(crate) fn projection(&self, p: Projection) -> &Linear<'_> {
         &self.projections[p as usize]
     }
 
-    fn project(&self, x: &[f32], first: usize, length: usize, low: &mut LowActivations) -> Projected {
+    fn project(&self, x: &[f32], length: usize, low: &mut LowActivations) -> Projected {
         let (normalized, inverse_rms) = self.attn_norm.forward(x);
         let mut q = self.apply(Projection::Q, &normalized, low);
         let mut k = self.apply(Projection::K, &normalized, low);
         let v = self.apply(Projection::V, &normalized, low);
-        self.rope.rotate(&mut q, self.heads.heads, first, length, Turn::Forward);
-        self.rope.rotate(&mut k, self.heads.kv_heads, first, length, Turn::Forward);
+        self.rope.rotate(&mut q, self.heads.heads, 0, length, Turn::Forward);
+        self.rope.rotate(&mut k, self.heads.kv_heads, 0, length, Turn::Forward);
         Projected { inverse_rms, q, k, v }
     }
 

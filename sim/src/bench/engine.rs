@@ -5,19 +5,20 @@
 #![allow(clippy::disallowed_methods, reason = "wall time is one of the figures")]
 
 use crate::run::peak_rss_mib;
+use crate::tools::{open_adapter, sequence};
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
     adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
     config::Projection,
-    generate::{Sampling, generate},
+    infer::{Engine, Sequence, Span},
     train::{LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainerOptions, fine_tune},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
-use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 /// Training steps to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -57,9 +58,15 @@ pub struct InferArgs {
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     pub prompt: usize,
-    /// Tokens written.
-    #[arg(long, default_value_t = 64)]
+    /// Tokens written, after 16 of the prompt.
+    #[arg(long, default_value_t = 128)]
     pub tokens: usize,
+    /// An adapter beside the model: a GGUF LoRA file or a PEFT folder.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// Times each; the best counts.
+    #[arg(long, default_value_t = 3)]
+    pub repeats: u32,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
@@ -114,16 +121,28 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
 
 /// Measures and prints.
 pub(super) fn infer(args: &InferArgs) -> Result<()> {
-    ensure!(args.prompt > 0 && args.tokens > 1, "--prompt: at least 1; --tokens: at least 2");
+    ensure!(args.prompt > 0 && args.tokens > 0, "--prompt, --tokens: at least 1");
+    ensure!(args.repeats > 0, "--repeats: at least 1");
     let start = Instant::now();
-    let base = open(&args.model)?;
-    let prompt = ids(&base, 1, args.prompt).remove(0);
-    // One token of prompt: what opening takes until the first token is there.
-    write(&base, &prompt[..1], 1)?;
+    let engine = Engine::new(Arc::new(open(&args.model)?));
+    let prompt = ids(engine.base(), 1, args.prompt).remove(0);
+    read(&engine, &mut engine.sequence(None), &prompt[..1])?;
     let load = start.elapsed().as_secs_f64();
-    let written = write(&base, &prompt, args.tokens)?;
-    let prefill = args.prompt as f64 / written.first_cpu_s;
-    let decode = (written.tokens - 1) as f64 / written.rest_cpu_s;
+    let adapter = args.adapter.as_deref().map(|path| open_adapter(path, engine.base())).transpose()?;
+    let (mut prefill, mut decode) = (0f64, 0f64);
+    for _ in 0..args.repeats {
+        let mut text = sequence(&engine, adapter.as_ref())?;
+        let before = cpu_s();
+        read(&engine, &mut text, &prompt)?;
+        prefill = prefill.max(args.prompt as f64 / (cpu_s() - before));
+        text.truncate(CONTEXT);
+        let before = cpu_s();
+        let mut last = prompt[0];
+        for _ in 0..args.tokens {
+            last = read(&engine, &mut text, &[last])?;
+        }
+        decode = decode.max(args.tokens as f64 / (cpu_s() - before));
+    }
     let peak = peak_rss_mib();
     if args.json {
         let line = json!({
@@ -141,24 +160,14 @@ pub(super) fn infer(args: &InferArgs) -> Result<()> {
     Ok(())
 }
 
-/// CPU seconds to the first token and from there to the last.
-struct Written {
-    first_cpu_s: f64,
-    rest_cpu_s: f64,
-    tokens: usize,
-}
+/// Tokens that writing starts after.
+const CONTEXT: usize = 16;
 
-fn write(base: &BaseModel, prompt: &[u32], tokens: usize) -> Result<Written> {
-    let sampling = Sampling { temperature: 0.0, max_tokens: tokens, ..Sampling::default() };
-    let (start, mut first) = (cpu_s(), None);
-    let made = generate(base, None, prompt, &sampling, &mut |_| {
-        first.get_or_insert_with(cpu_s);
-        ControlFlow::Continue(())
-    })?;
-    let end = cpu_s();
-    ensure!(made.len() == tokens, "the model ended its text after {} of {tokens} tokens", made.len());
-    let first = first.unwrap_or(end);
-    Ok(Written { first_cpu_s: first - start, rest_cpu_s: end - first, tokens })
+/// Takes in ids; returns the likeliest token after them.
+fn read(engine: &Engine, sequence: &mut Sequence, ids: &[u32]) -> Result<u32> {
+    let logits = engine.read(&mut [Span { sequence, ids }])?;
+    let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
+    u32::try_from(best.unwrap_or(0)).context("a token's id")
 }
 
 fn open(path: &std::path::Path) -> Result<BaseModel> {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::experiment::EMBEDDED_BASE;
+use fleetune_model::base::BaseModel;
 use fleetune_model::gguf::Metadata;
 use std::{fs, path::Path};
 

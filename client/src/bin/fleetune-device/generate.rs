@@ -3,11 +3,13 @@
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use fleetune_client::release::{ReleaseSlots, ReleasedModel};
 use fleetune_model::generate::{Sampling, generate as continue_ids};
+use fleetune_model::infer::Engine;
 
 /// Flags of `generate`.
 #[derive(Args)]
@@ -64,6 +66,8 @@ fn continue_prompt(
         ..Sampling::default()
     };
     let prompt = model.base.tokenizer.encode(&arguments.prompt, true);
-    continue_ids(&model.base, Some(&model.adapter), &prompt, &sampling, on_token)?;
+    let engine = Engine::new(Arc::clone(&model.base));
+    let mut sequence = engine.sequence(Some(engine.load_adapter(&model.adapter)?));
+    continue_ids(&engine, &mut sequence, &prompt, &sampling, on_token)?;
     Ok(())
 }
