@@ -22,7 +22,7 @@ impl Place {
         fs::write(folder.path().join("base.gguf"), EMBEDDED_BASE).expect("a base");
         let base = BaseModel::from_gguf_bytes(EMBEDDED_BASE).expect("the embedded base");
         let targets = Projection::ALL.to_vec();
-        let lora = LoraConfig { rank: 4, alpha: 6.0, targets, freeze_a: false, init_seed: 1 };
+        let lora = LoraConfig { rank: 4, alpha: 6.0, targets, freeze_a: false, init_seed: 0 };
         let layout = Arc::new(AdapterLayout::new(&base.config, &lora).expect("a layout"));
         let value = |i: usize| ((i * 7919) % 1009) as f32 / 5045.0 - 0.1;
         let values = (0..layout.len()).map(value).collect();
@@ -63,7 +63,7 @@ fn an_exported_adapter_comes_back_as_it_was_in_either_format() {
     for name in ["adapter.gguf", "peft", "back.gguf", "again"] {
         let found = place.read(name);
         assert_eq!(found.values, place.adapter.values, "{name}");
-        assert_eq!(found.layout, place.adapter.layout, "{name}");
+        assert!(found.layout == place.adapter.layout, "{name}");
     }
     let bytes = |name: &str| fs::read(place.path(name)).expect("a file");
     assert_eq!(bytes("adapter.gguf"), bytes("back.gguf"));
