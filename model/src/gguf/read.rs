@@ -275,7 +275,10 @@ pub(super) fn type_code(format: WeightFormat) -> u32 {
         WeightFormat::F16 => 1,
         WeightFormat::Q4_0 => 2,
         WeightFormat::Q4_1 => 3,
+        WeightFormat::Q5_0 => 6,
         WeightFormat::Q8_0 => 8,
+        WeightFormat::Q4_K => 12,
+        WeightFormat::Q6_K => 14,
         WeightFormat::BF16 => 30,
     }
 }
@@ -283,13 +286,10 @@ pub(super) fn type_code(format: WeightFormat) -> u32 {
 /// Names of the formats that people meet and this crate does not read.
 fn type_name(code: u32) -> String {
     let name = match code {
-        6 => "Q5_0",
         7 => "Q5_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        12 => "Q4_K",
         13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         20 => "IQ4_NL",
         23 => "IQ4_XS",

@@ -217,9 +217,10 @@ fn tensor_headers_that_mislead_are_refused() {
     check("truncated: tensor t", &[1 << 40], 0, 0, 32);
     check("truncated: tensor t", &[2], 0, u64::MAX - 31, 32);
     check("offset 8", &[2], 0, 8, 32);
-    check("tensor t: unsupported type Q4_K", &[256], 12, 0, 32);
+    check("tensor t: unsupported type Q3_K", &[256], 11, 0, 32);
     check("tensor t: unsupported type number 99", &[256], 99, 0, 32);
     check("33 columns", &[33], 2, 0, 32);
+    check("32 columns are no multiple of the 256 of a Q4_K block", &[32], 12, 0, 32);
     check(ALIGNMENT_KEY, &[2], 0, 0, 24);
     check(ALIGNMENT_KEY, &[2], 0, 0, 0);
     check(ALIGNMENT_KEY, &[2], 0, 0, 1 << 30);
