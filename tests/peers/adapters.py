@@ -200,7 +200,7 @@ def peft_adapter(base, folder, targets, rank, alpha, rslora):
     with torch.no_grad():
         for name, values in model.named_parameters():
             if "lora_B" in name:
-                values.normal_(std=0.02)
+                values.normal_(std=0.08)
     model.save_pretrained(folder)
     return model
 

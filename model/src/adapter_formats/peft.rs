@@ -315,6 +315,14 @@ mod tests {
             };
             from_peft(&files, &tiny()).unwrap_err().to_string()
         };
+        let empty = TensorBytes::f32(&format!("{PREFIX}0.self_attn.v_proj.lora_A.weight"), &[512, 0], &[]);
+        let also = TensorBytes::f32(&format!("{PREFIX}0.self_attn.v_proj.lora_B.weight"), &[0, 512], &[]);
+        let files = PeftFiles {
+            config: to_peft(&counted(&[Projection::Q], false), &tiny(), "tiny").config,
+            weights: safetensors::encode(&[], &[empty, also]),
+        };
+        let error = from_peft(&files, &tiny()).unwrap_err().to_string();
+        assert!(error.contains("expected shape [512, 64], found [512, 0]"), "{error}");
         assert!(pair(&[32, 4]).contains("expected 64 rows"));
         assert!(pair(&[64, 3]).contains("expected shape [64, 4]"));
         assert!(pair(&[64, 4]).contains("some layers lack"));

@@ -109,7 +109,20 @@ fn place_tensors(
         let range = begin as usize..(begin + size) as usize;
         Ok((name, TensorInfo { dims: header.dims, format: header.format, range }))
     };
-    headers.into_iter().map(place).collect()
+    let tensors = headers.into_iter().map(place).collect::<Result<BTreeMap<_, _>, _>>()?;
+    refuse_overlaps(&tensors)?;
+    Ok(tensors)
+}
+
+/// Bytes that many tensors share would let a small file fill the memory where each is expanded.
+fn refuse_overlaps(tensors: &BTreeMap<String, TensorInfo>) -> Result<(), ModelError> {
+    let mut in_file_order: Vec<_> = tensors.iter().collect();
+    in_file_order.sort_by_key(|(_, tensor)| tensor.range.start);
+    let overlap = in_file_order.windows(2).find(|pair| pair[0].1.range.end > pair[1].1.range.start);
+    match overlap {
+        Some(pair) => Err(malformed(pair[1].0, format!("its bytes are also those of {}", pair[0].0))),
+        None => Ok(()),
+    }
 }
 
 fn byte_len(name: &str, header: &TensorHeader) -> Result<u64, ModelError> {

@@ -227,6 +227,28 @@ fn tensor_headers_that_mislead_are_refused() {
 }
 
 #[test]
+fn tensors_that_share_bytes_are_refused() {
+    let file = |offset: u64| {
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend([2u64.to_le_bytes(), 0u64.to_le_bytes()].concat());
+        for (name, offset) in [(b'b', 0), (b'a', offset)] {
+            bytes.extend(1u64.to_le_bytes());
+            bytes.push(name);
+            bytes.extend(1u32.to_le_bytes());
+            bytes.extend(9u64.to_le_bytes());
+            bytes.extend(0u32.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+        }
+        bytes.resize(256, 0);
+        Gguf::parse(bytes.into()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(file(64), Ok(()));
+    let error = file(32).unwrap_err();
+    assert!(error.contains("a: its bytes are also those of b"), "{error}");
+    assert!(file(0).unwrap_err().contains("are also those of"));
+}
+
+#[test]
 fn hyperparameters_are_checked() {
     let set = |key: &'static str, value: MetadataValue| {
         move |parts: &mut Parts| parts.metadata.set(key, value.clone())
