@@ -40,54 +40,96 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// Else the mutants would never come past the first check.
+#[test]
+fn every_seed_is_read() {
+    for (name, seed) in seeds() {
+        let read = match name {
+            "gguf_model" => read_model(&seed).is_some(),
+            "gguf_lora" => read_lora(&seed).is_some(),
+            "peft" => read_peft(&seed).is_some(),
+            "checkpoint" => read_checkpoint(&seed).is_some(),
+            "hugging_face" => read_folder(&seed).is_some(),
+            "tokenizer_json" => read_tokenizer(&seed).is_some(),
+            other => panic!("no reader for {other}"),
+        };
+        assert!(read, "{name}");
+    }
+}
+
 fn gguf_model(input: &[u8]) {
-    let Ok(model) = BaseModel::from_gguf_bytes(input.to_vec()) else { return };
+    let Some(model) = read_model(input) else { return };
     let bytes = model.to_gguf_bytes(&Metadata::default());
-    let again = BaseModel::from_gguf_bytes(bytes.clone()).expect("what was read can be written");
+    let again = read_model(&bytes).expect("what was read can be written");
     assert_eq!(again.to_gguf_bytes(&Metadata::default()), bytes);
 }
 
 fn gguf_lora(input: &[u8]) {
-    let Ok(adapter) = from_gguf_lora(input, &BASE) else { return };
+    let Some(adapter) = read_lora(input) else { return };
     let bytes =
         to_gguf_lora(&adapter, &BASE, WeightFormat::F32, &Metadata::default()).expect("F32 holds all");
-    assert_same(&adapter, &from_gguf_lora(&bytes, &BASE).expect("what was read can be written"));
+    assert_same(&adapter, &read_lora(&bytes).expect("what was read can be written"));
 }
 
 fn peft(input: &[u8]) {
-    let Some((config, weights)) = unframed(input) else { return };
-    let files = PeftFiles { config: config.to_vec(), weights: weights.to_vec() };
-    let Ok(adapter) = from_peft(&files, &BASE.config) else { return };
-    let again = from_peft(&to_peft(&adapter, &BASE.config, "tiny"), &BASE.config);
+    let Some(adapter) = read_peft(input) else { return };
+    let files = to_peft(&adapter, &BASE.config, "tiny");
+    let again = read_peft(&framed(&files.config, &files.weights));
     assert_same(&adapter, &again.expect("what was read can be written"));
 }
 
 fn checkpoint(input: &[u8]) {
-    let Ok(adapter) = Adapter::from_checkpoint_bytes(Arc::clone(&ADAPTER.layout), input) else { return };
-    let again = Adapter::from_checkpoint_bytes(Arc::clone(&ADAPTER.layout), &adapter.to_checkpoint_bytes());
+    let Some(adapter) = read_checkpoint(input) else { return };
+    let again = read_checkpoint(&adapter.to_checkpoint_bytes());
     assert_same(&adapter, &again.expect("what was read can be written"));
 }
 
 fn hugging_face(input: &[u8]) {
-    let Some((config, weights)) = unframed(input) else { return };
-    let home = tempfile::tempdir().expect("a folder");
-    let put = |name: &str, bytes: &[u8]| fs::write(home.path().join(name), bytes).expect("a file");
-    put("config.json", config);
-    put("tokenizer.json", tokenizer_settings().as_bytes());
-    put("model.safetensors", weights);
-    let Ok(model) = BaseModel::open(home.path()) else { return };
-    let again = BaseModel::from_gguf_bytes(model.to_gguf_bytes(&Metadata::default()));
+    let Some(model) = read_folder(input) else { return };
+    let again = read_model(&model.to_gguf_bytes(&Metadata::default()));
     assert_eq!(again.expect("what was read can be written").sha256, model.sha256);
 }
 
 fn tokenizer_json(input: &[u8]) {
-    let Ok(tokenizer) = Tokenizer::from_json(input, &TokenRoles::default()) else { return };
+    let Some(tokenizer) = read_tokenizer(input) else { return };
     let mut metadata = Metadata::default();
     tokenizer.write_gguf(&mut metadata);
     if let Ok(again) = Tokenizer::from_gguf(&metadata) {
         assert_eq!(again.vocabulary(), tokenizer.vocabulary());
     }
     let _ = tokenizer.decode(&tokenizer.encode("the boat <|im_start|> 12 é", true));
+}
+
+fn read_model(input: &[u8]) -> Option<BaseModel> {
+    BaseModel::from_gguf_bytes(input.to_vec()).ok()
+}
+
+fn read_lora(input: &[u8]) -> Option<Adapter> {
+    from_gguf_lora(input, &BASE).ok()
+}
+
+fn read_peft(input: &[u8]) -> Option<Adapter> {
+    let (config, weights) = unframed(input)?;
+    let files = PeftFiles { config: config.to_vec(), weights: weights.to_vec() };
+    from_peft(&files, &BASE.config).ok()
+}
+
+fn read_checkpoint(input: &[u8]) -> Option<Adapter> {
+    Adapter::from_checkpoint_bytes(Arc::clone(&ADAPTER.layout), input).ok()
+}
+
+fn read_folder(input: &[u8]) -> Option<BaseModel> {
+    let (config, weights) = unframed(input)?;
+    let home = tempfile::tempdir().expect("a folder");
+    let put = |name: &str, bytes: &[u8]| fs::write(home.path().join(name), bytes).expect("a file");
+    put("config.json", config);
+    put("tokenizer.json", tokenizer_settings().as_bytes());
+    put("model.safetensors", weights);
+    BaseModel::open(home.path()).ok()
+}
+
+fn read_tokenizer(input: &[u8]) -> Option<Tokenizer> {
+    Tokenizer::from_json(input, &TokenRoles::default()).ok()
 }
 
 fn assert_same(adapter: &Adapter, again: &Adapter) {
