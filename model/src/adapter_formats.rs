@@ -4,6 +4,7 @@
 mod gguf_lora;
 mod peft;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::adapter::{Adapter, AdapterLayout, Factor, LoraConfig};
@@ -33,26 +34,29 @@ fn adapter_of_pairs(
     targets.dedup();
     let config = LoraConfig { rank, alpha, targets, freeze_a: false, init_seed: 0 };
     let layout = AdapterLayout::new(model, &config)?;
-    let mut values = vec![0.0; layout.len()];
-    let mut filled = 0;
-    for pair in pairs {
-        for (factor, (shape, stored)) in [(Factor::A, pair.a), (Factor::B, pair.b)] {
-            filled += fill(&layout, (pair.layer, pair.projection, factor), &shape, &stored, &mut values)?;
+    let mut places = Vec::with_capacity(2 * pairs.len());
+    for pair in &pairs {
+        for (factor, (shape, stored)) in [(Factor::A, &pair.a), (Factor::B, &pair.b)] {
+            places.push((place(&layout, (pair.layer, pair.projection, factor), shape)?, stored));
         }
     }
-    if filled != layout.len() {
+    // Only now is it sure that the values at hand fill the layout.
+    if places.iter().map(|(range, _)| range.len()).sum::<usize>() != layout.len() {
         return Err(malformed("tensors", "some layers lack projections that others have"));
+    }
+    let mut values = vec![0.0; layout.len()];
+    for (range, stored) in places {
+        values[range].copy_from_slice(stored);
     }
     Adapter::new(Arc::new(layout), values)
 }
 
-fn fill(
+/// Where a factor of that shape belongs in the flat vector.
+fn place(
     layout: &AdapterLayout,
     (layer, projection, factor): (usize, Projection, Factor),
     shape: &[usize],
-    stored: &[f32],
-    values: &mut [f32],
-) -> Result<usize, AdapterError> {
+) -> Result<Range<usize>, AdapterError> {
     let what = || format!("{factor:?} of {} in layer {layer}", projection.name());
     let Some(range) = layout.find(layer, projection, factor) else {
         return Err(malformed(&what(), "the model has no such layer"));
@@ -62,8 +66,7 @@ fn fill(
     if shape != expected {
         return Err(malformed(&what(), format!("expected shape {expected:?}, found {shape:?}")));
     }
-    values[range].copy_from_slice(stored);
-    Ok(stored.len())
+    Ok(range)
 }
 
 fn malformed(what: &str, reason: impl Into<String>) -> AdapterError {

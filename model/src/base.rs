@@ -218,10 +218,15 @@ pub(crate) mod tests {
         WeightMatrix::from_f32(&noise(rows * cols, seed), rows, cols, format).unwrap()
     }
 
-    /// The parts of a model of the smallest shape, projections in that format.
+    /// The parts of a model of the smallest shape, or of the smallest whose rows are whole blocks of 256;
+    /// projections in that format.
     pub(crate) fn tiny_parts(format: WeightFormat) -> ModelParts {
         let tokenizer = tiny_tokenizer();
-        let config = ModelConfig { vocab_size: tokenizer.vocab_size(), ..tiny() };
+        let sizes = match format.block().0 {
+            256 => ModelConfig { hidden: 256, feed_forward: 512, head_dim: 64, ..tiny() },
+            _ => tiny(),
+        };
+        let config = ModelConfig { vocab_size: tokenizer.vocab_size(), ..sizes };
         let norm = |seed| noise(config.hidden, seed).iter().map(|x| 1.0 + x).collect::<Vec<_>>();
         let layer = |index: usize| LayerWeights {
             attn_norm: norm(100 + index as u32),

@@ -152,10 +152,12 @@ pub enum WeightError {
         unit: &'static str,
     },
     /// A block format needs rows that are whole blocks.
-    #[error("{format} needs a multiple of 32 columns, found {cols}")]
+    #[error("{format} needs a multiple of {block} columns, found {cols}")]
     Columns {
         /// The format's name.
         format: &'static str,
+        /// Values in one of its blocks.
+        block: usize,
         /// The columns.
         cols: usize,
     },

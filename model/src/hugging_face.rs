@@ -34,7 +34,8 @@ pub(crate) fn open(folder: &Path) -> Result<BaseModel, ModelError> {
     let tokenizer = Tokenizer::from_json(&read_small(&tokenizer_path)?, &settings.roles(&beside))
         .map_err(|error| error.in_file(&tokenizer_path))?;
     let weights = Weights::open(folder)?;
-    let parts = assemble(&weights, config, settings.tie_word_embeddings, tokenizer, beside.chat_template());
+    let template = chat_template(folder, &beside)?;
+    let parts = assemble(&weights, config, settings.tie_word_embeddings, tokenizer, template);
     parts.and_then(BaseModel::from_parts).map_err(|error| error.in_file(folder))
 }
 
@@ -50,8 +51,9 @@ struct Settings {
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     max_position_embeddings: usize,
-    #[serde(default = "default_rope_theta")]
-    rope_theta: f32,
+    rope_theta: Option<f32>,
+    /// Where transformers 5 writes what were `rope_theta` and `rope_scaling` before.
+    rope_parameters: Option<RopeParameters>,
     rms_norm_eps: f32,
     #[serde(default)]
     tie_word_embeddings: bool,
@@ -66,8 +68,16 @@ struct Settings {
     pad_token_id: Option<u32>,
 }
 
-fn default_rope_theta() -> f32 {
-    10_000.0
+/// Llama's own base of the rotary frequencies, where a file names none.
+const ROPE_BASE: f32 = 10_000.0;
+
+#[derive(Deserialize)]
+struct RopeParameters {
+    rope_theta: Option<f32>,
+    rope_type: Option<String>,
+    /// What another way of rotating would need.
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
 }
 
 /// Some models have several tokens that end an answer; the first is the one a file can name.
@@ -107,10 +117,21 @@ impl Settings {
             kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             head_dim: self.head_dim.unwrap_or_else(split),
             context_length: self.max_position_embeddings,
-            rope_base: self.rope_theta,
+            rope_base: self.rope_base()?,
             rms_eps: self.rms_norm_eps,
         };
         config.validated()
+    }
+
+    /// Both places may name it, but then the same.
+    fn rope_base(&self) -> Result<f32, ModelError> {
+        let nested = self.rope_parameters.as_ref().and_then(|parameters| parameters.rope_theta);
+        match (nested, self.rope_theta) {
+            (Some(nested), Some(plain)) if nested != plain => {
+                Err(malformed("rope_theta", format!("it is {plain}, but {nested} in rope_parameters")))
+            }
+            (nested, plain) => Ok(nested.or(plain).unwrap_or(ROPE_BASE)),
+        }
     }
 
     fn refuse_other_computations(&self) -> Result<(), ModelError> {
@@ -119,6 +140,14 @@ impl Settings {
         };
         if let Some(scaling) = &self.rope_scaling {
             return refuse("rope_scaling", scaling.to_string(), "only null is supported");
+        }
+        if let Some(parameters) = &self.rope_parameters {
+            if let Some(kind) = parameters.rope_type.as_ref().filter(|kind| *kind != "default") {
+                return refuse("rope_parameters.rope_type", kind.clone(), "only default is supported");
+            }
+            if let Some((key, value)) = parameters.others.iter().find(|(_, value)| !value.is_null()) {
+                return refuse(&format!("rope_parameters.{key}"), value.to_string(), "must not be there");
+            }
         }
         if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != "silu") {
             return refuse("hidden_act", act.clone(), "only silu is supported");
@@ -144,11 +173,17 @@ impl Settings {
     }
 }
 
-impl TokenizerSettings {
-    /// A template that is one text; a list of named ones is left out.
-    fn chat_template(&self) -> Option<String> {
-        self.chat_template.as_ref()?.as_str().map(str::to_owned)
+/// A template that is one text, in the settings or in a file of its own; a list of named ones is left out.
+fn chat_template(folder: &Path, beside: &TokenizerSettings) -> Result<Option<String>, ModelError> {
+    let path = folder.join("chat_template.jinja");
+    if let Some(template) = &beside.chat_template {
+        return Ok(template.as_str().map(str::to_owned));
     }
+    if !path.exists() {
+        return Ok(None);
+    }
+    let not_text = |_| malformed("the file", "it is not UTF-8".to_owned()).in_file(&path);
+    String::from_utf8(read_small(&path)?).map(Some).map_err(not_text)
 }
 
 /// Every tensor of the folder: in which file, and what it is.
@@ -432,6 +467,20 @@ mod tests {
         assert_eq!(model.sha256, expected.sha256, "the same weights in the same order");
     }
 
+    /// transformers 5 writes the rotary base and the template elsewhere than 4.
+    #[test]
+    fn reads_what_transformers_5_writes() {
+        let (_home, path) = folder(&stored(&parts()), |settings| {
+            settings.as_object_mut().unwrap().remove("rope_theta");
+            settings["rope_parameters"] = json!({"rope_theta": 50_000.0, "rope_type": "default"});
+        });
+        fs::write(path.join("tokenizer_config.json"), "{}").unwrap();
+        fs::write(path.join("chat_template.jinja"), "{{ other }}").unwrap();
+        let model = BaseModel::open(&path).unwrap();
+        assert_eq!(model.config.rope_base, 50_000.0);
+        assert_eq!(model.chat_template.as_deref(), Some("{{ other }}"));
+    }
+
     #[test]
     fn reads_a_model_in_several_files() {
         let (_home, path) = folder(&[], |_| ());
@@ -459,6 +508,9 @@ mod tests {
         };
         check("model_type", json!("mamba"), "unknown architecture \"mamba\"");
         check("rope_scaling", json!({"type": "linear"}), "rope_scaling");
+        check("rope_parameters", json!({"rope_type": "yarn", "factor": 2.0}), "rope_type = yarn");
+        check("rope_parameters", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor");
+        check("rope_parameters", json!({"rope_theta": 5.0}), "5 in rope_parameters");
         check("hidden_act", json!("gelu"), "gelu");
         check("attention_bias", json!(true), "bias");
         check("num_key_value_heads", json!(3), "kv_heads");

@@ -1,7 +1,11 @@
 //! A weight matrix as it rests: its storage format and its bytes, owned or shared with the model file.
-//! How values become blocks is in `weights/quantize.rs`, the way back in `weights/dequantize.rs`.
+//! How values become blocks is in `weights/quantize.rs` and `weights/k_quants.rs`, the way back in
+//! `weights/dequantize.rs`.
 
 mod dequantize;
+#[cfg(test)]
+mod ggml;
+mod k_quants;
 mod quantize;
 
 use std::fmt;
@@ -10,10 +14,13 @@ use std::ops::Range;
 use crate::bytes::SharedBytes;
 use crate::error::WeightError;
 
-/// Values in one block of the quantized formats.
+/// Values in one block of the plain quantized formats.
 pub(crate) const BLOCK: usize = 32;
+/// Values in one block of the K formats.
+pub(crate) const K_BLOCK: usize = 256;
 
 /// How the values of a matrix are stored; names and bytes are those of ggml.
+#[allow(non_camel_case_types, reason = "the names are ggml's")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WeightFormat {
     /// IEEE single precision.
@@ -28,11 +35,29 @@ pub enum WeightFormat {
     Q4_0,
     /// 32 four-bit values with a half-precision scale and minimum (5 bits a value).
     Q4_1,
+    /// 32 five-bit values centred on 16 with one half-precision scale (5.5 bits a value).
+    Q5_0,
+    /// 256 four-bit values in 8 groups with a 6-bit scale and minimum each, in units of two half-precision
+    /// numbers (4.5 bits a value).
+    Q4_K,
+    /// 256 six-bit values centred on 32 in 16 groups with an 8-bit scale each, in units of one half-precision
+    /// number (6.5625 bits a value).
+    Q6_K,
 }
 
 impl WeightFormat {
     /// Every format.
-    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::BF16, Self::Q8_0, Self::Q4_0, Self::Q4_1];
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q4_K,
+        Self::Q6_K,
+    ];
 
     /// The format's name, as ggml writes it.
     #[must_use]
@@ -44,6 +69,9 @@ impl WeightFormat {
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q4_K => "Q4_K",
+            Self::Q6_K => "Q6_K",
         }
     }
 
@@ -62,6 +90,9 @@ impl WeightFormat {
             Self::Q8_0 => (BLOCK, 2 + BLOCK),
             Self::Q4_0 => (BLOCK, 2 + BLOCK / 2),
             Self::Q4_1 => (BLOCK, 4 + BLOCK / 2),
+            Self::Q5_0 => (BLOCK, 2 + 4 + BLOCK / 2),
+            Self::Q4_K => (K_BLOCK, 4 + 12 + K_BLOCK / 2),
+            Self::Q6_K => (K_BLOCK, K_BLOCK / 2 + K_BLOCK / 4 + 16 + 2),
         }
     }
 
@@ -253,8 +284,9 @@ fn byte_len(rows: usize, cols: usize, format: WeightFormat) -> Result<usize, Wei
     if rows == 0 || cols == 0 || rows.checked_mul(cols).is_none_or(|count| count > isize::MAX as usize / 4) {
         return Err(WeightError::Shape { rows, cols });
     }
-    let row = format.row_bytes(cols).ok_or_else(|| WeightError::Columns { format: format.name(), cols })?;
-    Ok(row * rows)
+    let (block, _) = format.block();
+    let columns = || WeightError::Columns { format: format.name(), block, cols };
+    Ok(format.row_bytes(cols).ok_or_else(columns)? * rows)
 }
 
 #[cfg(test)]
@@ -276,13 +308,14 @@ mod tests {
 
     #[test]
     fn rows_are_expanded_where_they_lie() {
-        let values: Vec<f32> = (0..5 * 64).map(|i| (i % 37) as f32 - 18.0).collect();
+        const COLS: usize = 512;
+        let values: Vec<f32> = (0..5 * COLS).map(|i| (i % 37) as f32 - 18.0).collect();
         for format in WeightFormat::ALL {
-            let matrix = WeightMatrix::from_f32(&values, 5, 64, format).unwrap();
-            let mut rows = vec![0.0; 3 * 64 + 1];
+            let matrix = WeightMatrix::from_f32(&values, 5, COLS, format).unwrap();
+            let mut rows = vec![0.0; 3 * COLS + 1];
             matrix.dequantize_rows(1, 3, &mut rows);
-            assert_eq!(rows[..3 * 64], matrix.to_f32()[64..4 * 64], "{format:?}");
-            assert_eq!(rows[3 * 64], 0.0);
+            assert_eq!(rows[..3 * COLS], matrix.to_f32()[COLS..4 * COLS], "{format:?}");
+            assert_eq!(rows[3 * COLS], 0.0);
             assert_eq!(matrix.as_f32().is_some(), format == WeightFormat::F32);
         }
     }
@@ -292,6 +325,6 @@ mod tests {
         for format in WeightFormat::ALL {
             assert_eq!(WeightFormat::from_name(format.name()), Some(format));
         }
-        assert_eq!(WeightFormat::from_name("Q6_K"), None);
+        assert_eq!(WeightFormat::from_name("Q3_K"), None);
     }
 }

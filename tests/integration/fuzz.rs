@@ -1,10 +1,12 @@
-//! Every decoder of secure aggregation and of the signed documents, fed what nobody should send. Each target
-//! replays its corpus (`tests/fuzz/corpus/<target>/`) and then mutants of it; none may panic, and what decodes
+//! Every decoder of secure aggregation, of the signed documents and of model and adapter files, fed what nobody
+//! should send. Each target replays its corpus (`tests/fuzz/corpus/<target>/`) and then mutants of it; none may panic, and what decodes
 //! must decode to the same again once it is encoded.
 //!
-//! `FLEETUNE_FUZZ_EXECUTIONS` sets the mutants a target (2,000 if not given); `FLEETUNE_UPDATE_GOLDEN=1` writes
-//! the corpus anew. A failure names the target and the input.
+//! `FLEETUNE_FUZZ_EXECUTIONS` sets the mutants a target (2,000 if not given) and `FLEETUNE_FUZZ_TARGET` the one
+//! target to run (all if not given); `FLEETUNE_UPDATE_GOLDEN=1` writes the corpus anew. A failure names the target
+//! and the input.
 
+mod models;
 mod seeds;
 
 use fleetune_privacy::{Ledger, PrivacyPolicy, PrivacyStatement, spent_epsilon};
@@ -47,7 +49,12 @@ fn no_bytes_make_a_decoder_panic() {
     if std::env::var_os("FLEETUNE_UPDATE_GOLDEN").is_some() {
         seeds::write();
     }
-    for (name, target) in TARGETS {
+    let only = std::env::var("FLEETUNE_FUZZ_TARGET").ok();
+    let targets = TARGETS.into_iter().chain(models::TARGETS);
+    let chosen: Vec<Target> =
+        targets.filter(|(name, _)| only.as_ref().is_none_or(|only| only == name)).collect();
+    assert!(!chosen.is_empty(), "FLEETUNE_FUZZ_TARGET is {only:?}");
+    for (name, target) in chosen {
         let corpus = corpus(name);
         assert!(!corpus.is_empty(), "{name} has a corpus");
         corpus.iter().for_each(|input| run(name, target, input));

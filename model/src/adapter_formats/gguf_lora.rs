@@ -111,8 +111,10 @@ fn check_base(metadata: &Metadata, base: &BaseModel) -> Result<(), AdapterError>
 fn read_pairs(file: &Gguf) -> Result<Vec<StoredPair>, AdapterError> {
     let mut seen: BTreeMap<(usize, Projection), BTreeSet<&str>> = BTreeMap::new();
     for name in file.tensor_names() {
-        let (layer, projection, suffix) =
-            parse_name(name).ok_or_else(|| malformed(name, "unknown tensor"))?;
+        // A layer written as 00 would pass for another tensor's.
+        let (layer, projection, suffix) = parse_name(name)
+            .filter(|&(layer, projection, suffix)| tensor_name(layer, projection, suffix) == name)
+            .ok_or_else(|| malformed(name, "unknown tensor"))?;
         seen.entry((layer, projection)).or_default().insert(suffix);
     }
     let read = |name: &str| -> Result<(Vec<usize>, Vec<f32>), AdapterError> {
@@ -187,6 +189,18 @@ mod tests {
         let model = base.to_gguf_bytes(&Metadata::default());
         assert!(from_gguf_lora(&model, &base).unwrap_err().to_string().contains("general.type"));
         assert!(to_gguf_lora(&adapter, &base, WeightFormat::Q8_0, &Metadata::default()).is_err());
+    }
+
+    #[test]
+    fn refuses_names_that_stand_for_others() {
+        let (base, adapter) = (tiny_base(WeightFormat::F32), counted(&[Projection::V], true));
+        let bytes = to_gguf_lora(&adapter, &base, WeightFormat::F32, &Metadata::default()).unwrap();
+        let at = bytes.windows(6).position(|bytes| bytes == b"blk.1.").unwrap();
+        let mut renamed = bytes.clone();
+        renamed[at - 8] += 1;
+        renamed.splice(at + 4..at + 4, [b'0']);
+        let error = from_gguf_lora(&renamed, &base).unwrap_err().to_string();
+        assert!(error.contains("blk.01.attn_v.weight.lora_a: unknown tensor"), "{error}");
     }
 
     #[test]

@@ -148,32 +148,52 @@ struct PeftConfig {
     #[serde(default)]
     bias: Option<String>,
     #[serde(default)]
-    fan_in_fan_out: bool,
-    #[serde(default)]
     use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    modules_to_save: Option<Value>,
-    rank_pattern: Option<Value>,
-    alpha_pattern: Option<Value>,
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
 }
+
+/// Fields of other methods, which must be null, false or empty.
+const OFF: [&str; 15] = [
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+];
+/// First values that leave the base as it is; others (PiSSA, OLoRA, LoftQ..) are adapters to a changed base.
+const INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
 impl PeftConfig {
     fn refuse_other_methods(&self) -> Result<(), AdapterError> {
-        let empty = |value: &Option<Value>| match value {
-            None | Some(Value::Null) => true,
+        let off = |field: &&str| match self.others.get(*field) {
+            None | Some(Value::Null | Value::Bool(false)) => true,
             Some(Value::Object(map)) => map.is_empty(),
             Some(Value::Array(list)) => list.is_empty(),
-            Some(Value::Bool(_) | Value::Number(_) | Value::String(_)) => false,
+            Some(Value::Bool(true) | Value::Number(_) | Value::String(_)) => false,
         };
+        if let Some(field) = OFF.into_iter().find(|field| !off(field)) {
+            return Err(malformed(field, "only null, false or an empty value is supported"));
+        }
+        let init = self.others.get("init_lora_weights").and_then(Value::as_str);
         let rules = [
             ("peft_type", self.peft_type == "LORA", "only LORA is supported"),
             ("bias", self.bias.as_deref().is_none_or(|bias| bias == "none"), "only none is supported"),
-            ("fan_in_fan_out", !self.fan_in_fan_out, "only false is supported"),
-            ("use_dora", !self.use_dora, "only false is supported"),
-            ("modules_to_save", empty(&self.modules_to_save), "fully trained modules are not supported"),
-            ("rank_pattern", empty(&self.rank_pattern), "one rank for all is supported"),
-            ("alpha_pattern", empty(&self.alpha_pattern), "one alpha for all is supported"),
+            (
+                "init_lora_weights",
+                init.is_none_or(|init| INITS.contains(&init)),
+                "it names a way that changes the base model",
+            ),
         ];
         match rules.iter().find(|(_, holds, _)| !holds) {
             Some((field, _, rule)) => Err(malformed(field, *rule)),
@@ -289,6 +309,9 @@ mod tests {
         assert!(spoilt(|config| config["bias"] = json!("all")).contains("bias"));
         assert!(spoilt(|config| config["modules_to_save"] = json!(["lm_head"])).contains("modules_to_save"));
         assert!(spoilt(|config| config["rank_pattern"] = json!({"q_proj": 2})).contains("rank_pattern"));
+        assert!(spoilt(|config| config["init_lora_weights"] = json!("pissa_niter_4")).contains("init_lora"));
+        assert!(spoilt(|config| config["alora_invocation_tokens"] = json!([1])).contains("alora"));
+        assert!(spoilt(|config| config["use_qalora"] = json!(true)).contains("use_qalora"));
         assert!(spoilt(|config| config["r"] = json!(8)).contains("tensors have 4"));
         assert!(spoilt(|config| config["lora_alpha"] = json!("x")).contains(CONFIG_FILE));
     }
@@ -315,6 +338,14 @@ mod tests {
             };
             from_peft(&files, &tiny()).unwrap_err().to_string()
         };
+        let empty = TensorBytes::f32(&format!("{PREFIX}0.self_attn.v_proj.lora_A.weight"), &[512, 0], &[]);
+        let also = TensorBytes::f32(&format!("{PREFIX}0.self_attn.v_proj.lora_B.weight"), &[0, 512], &[]);
+        let files = PeftFiles {
+            config: to_peft(&counted(&[Projection::Q], false), &tiny(), "tiny").config,
+            weights: safetensors::encode(&[], &[empty, also]),
+        };
+        let error = from_peft(&files, &tiny()).unwrap_err().to_string();
+        assert!(error.contains("expected shape [512, 64], found [512, 0]"), "{error}");
         assert!(pair(&[32, 4]).contains("expected 64 rows"));
         assert!(pair(&[64, 3]).contains("expected shape [64, 4]"));
         assert!(pair(&[64, 4]).contains("some layers lack"));

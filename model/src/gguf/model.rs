@@ -230,6 +230,9 @@ fn file_type(format: WeightFormat) -> u32 {
         WeightFormat::Q4_0 => 2,
         WeightFormat::Q4_1 => 3,
         WeightFormat::Q8_0 => 7,
+        WeightFormat::Q5_0 => 8,
+        WeightFormat::Q4_K => 14,
+        WeightFormat::Q6_K => 18,
         WeightFormat::BF16 => 32,
     }
 }

@@ -109,7 +109,20 @@ fn place_tensors(
         let range = begin as usize..(begin + size) as usize;
         Ok((name, TensorInfo { dims: header.dims, format: header.format, range }))
     };
-    headers.into_iter().map(place).collect()
+    let tensors = headers.into_iter().map(place).collect::<Result<BTreeMap<_, _>, _>>()?;
+    refuse_overlaps(&tensors)?;
+    Ok(tensors)
+}
+
+/// Bytes that many tensors share would let a small file fill the memory where each is expanded.
+fn refuse_overlaps(tensors: &BTreeMap<String, TensorInfo>) -> Result<(), ModelError> {
+    let mut in_file_order: Vec<_> = tensors.iter().collect();
+    in_file_order.sort_by_key(|(_, tensor)| tensor.range.start);
+    let overlap = in_file_order.windows(2).find(|pair| pair[0].1.range.end > pair[1].1.range.start);
+    match overlap {
+        Some(pair) => Err(malformed(pair[1].0, format!("its bytes are also those of {}", pair[0].0))),
+        None => Ok(()),
+    }
 }
 
 fn byte_len(name: &str, header: &TensorHeader) -> Result<u64, ModelError> {
@@ -275,7 +288,10 @@ pub(super) fn type_code(format: WeightFormat) -> u32 {
         WeightFormat::F16 => 1,
         WeightFormat::Q4_0 => 2,
         WeightFormat::Q4_1 => 3,
+        WeightFormat::Q5_0 => 6,
         WeightFormat::Q8_0 => 8,
+        WeightFormat::Q4_K => 12,
+        WeightFormat::Q6_K => 14,
         WeightFormat::BF16 => 30,
     }
 }
@@ -283,13 +299,10 @@ pub(super) fn type_code(format: WeightFormat) -> u32 {
 /// Names of the formats that people meet and this crate does not read.
 fn type_name(code: u32) -> String {
     let name = match code {
-        6 => "Q5_0",
         7 => "Q5_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        12 => "Q4_K",
         13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         20 => "IQ4_NL",
         23 => "IQ4_XS",

@@ -217,12 +217,35 @@ fn tensor_headers_that_mislead_are_refused() {
     check("truncated: tensor t", &[1 << 40], 0, 0, 32);
     check("truncated: tensor t", &[2], 0, u64::MAX - 31, 32);
     check("offset 8", &[2], 0, 8, 32);
-    check("tensor t: unsupported type Q4_K", &[256], 12, 0, 32);
+    check("tensor t: unsupported type Q3_K", &[256], 11, 0, 32);
     check("tensor t: unsupported type number 99", &[256], 99, 0, 32);
     check("33 columns", &[33], 2, 0, 32);
+    check("32 columns are no multiple of the 256 of a Q4_K block", &[32], 12, 0, 32);
     check(ALIGNMENT_KEY, &[2], 0, 0, 24);
     check(ALIGNMENT_KEY, &[2], 0, 0, 0);
     check(ALIGNMENT_KEY, &[2], 0, 0, 1 << 30);
+}
+
+#[test]
+fn tensors_that_share_bytes_are_refused() {
+    let file = |offset: u64| {
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend([2u64.to_le_bytes(), 0u64.to_le_bytes()].concat());
+        for (name, offset) in [(b'b', 0), (b'a', offset)] {
+            bytes.extend(1u64.to_le_bytes());
+            bytes.push(name);
+            bytes.extend(1u32.to_le_bytes());
+            bytes.extend(9u64.to_le_bytes());
+            bytes.extend(0u32.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+        }
+        bytes.resize(256, 0);
+        Gguf::parse(bytes.into()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(file(64), Ok(()));
+    let error = file(32).unwrap_err();
+    assert!(error.contains("a: its bytes are also those of b"), "{error}");
+    assert!(file(0).unwrap_err().contains("are also those of"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code, reason = "calls of functions compiled for instruction sets found at run time")]
 
-use super::{BLOCK, WeightFormat};
+use super::{BLOCK, K_BLOCK, WeightFormat};
 
 /// Expands whole blocks of any format; `dst` is as long as the values that `bytes` hold.
 pub(super) fn dequantize(format: WeightFormat, bytes: &[u8], dst: &mut [f32]) {
@@ -42,9 +42,12 @@ fn dequantize_portable(format: WeightFormat, bytes: &[u8], dst: &mut [f32]) {
         WeightFormat::F32 => each::<4>(bytes, dst, |&b| f32::from_le_bytes(b)),
         WeightFormat::F16 => each::<2>(bytes, dst, |&b| half_to_f32(u16::from_le_bytes(b))),
         WeightFormat::BF16 => each::<2>(bytes, dst, |&[low, high]| f32::from_le_bytes([0, 0, low, high])),
-        WeightFormat::Q8_0 => blocks::<34>(bytes, dst, q8_0),
-        WeightFormat::Q4_0 => blocks::<18>(bytes, dst, q4_0),
-        WeightFormat::Q4_1 => blocks::<20>(bytes, dst, q4_1),
+        WeightFormat::Q8_0 => blocks::<34, BLOCK>(bytes, dst, q8_0),
+        WeightFormat::Q4_0 => blocks::<18, BLOCK>(bytes, dst, q4_0),
+        WeightFormat::Q4_1 => blocks::<20, BLOCK>(bytes, dst, q4_1),
+        WeightFormat::Q5_0 => blocks::<22, BLOCK>(bytes, dst, q5_0),
+        WeightFormat::Q4_K => blocks::<144, K_BLOCK>(bytes, dst, q4_k),
+        WeightFormat::Q6_K => blocks::<210, K_BLOCK>(bytes, dst, q6_k),
     }
 }
 
@@ -56,8 +59,12 @@ fn each<const N: usize>(bytes: &[u8], dst: &mut [f32], value: impl Fn(&[u8; N]) 
 }
 
 #[inline(always)]
-fn blocks<const N: usize>(bytes: &[u8], dst: &mut [f32], expand: impl Fn(&[u8; N], &mut [f32; BLOCK])) {
-    for (out, block) in dst.as_chunks_mut::<BLOCK>().0.iter_mut().zip(bytes.as_chunks::<N>().0) {
+fn blocks<const N: usize, const VALUES: usize>(
+    bytes: &[u8],
+    dst: &mut [f32],
+    expand: impl Fn(&[u8; N], &mut [f32; VALUES]),
+) {
+    for (out, block) in dst.as_chunks_mut::<VALUES>().0.iter_mut().zip(bytes.as_chunks::<N>().0) {
         expand(block, out);
     }
 }
@@ -88,15 +95,79 @@ fn q4_1(block: &[u8; 20], out: &mut [f32; BLOCK]) {
     }
 }
 
+/// The fifth bits of all values stand together, as one number, between the scale and the rest.
 #[inline(always)]
-fn scale(block: &[u8], at: usize) -> f32 {
+fn q5_0(block: &[u8; 22], out: &mut [f32; BLOCK]) {
+    let d = scale(block, 0);
+    let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
+    for j in 0..BLOCK / 2 {
+        let (low, high) = (block[6 + j] & 15, block[6 + j] >> 4);
+        let bit = |at: usize| (fifth >> at & 1) as u8;
+        out[j] = d * (f32::from(low | bit(j) << 4) - 16.0);
+        out[j + BLOCK / 2] = d * (f32::from(high | bit(j + BLOCK / 2) << 4) - 16.0);
+    }
+}
+
+/// Scale and minimum in units of two halves, 12 bytes of packed 6-bit numbers, then 4 runs of 32 bytes, each
+/// with the values of two groups of 32: one in the low halves, the next in the high ones.
+#[inline(always)]
+fn q4_k(block: &[u8; 144], out: &mut [f32; K_BLOCK]) {
+    let (d, min) = (scale(block, 0), scale(block, 2));
+    let (packed, levels) = block[4..].split_at(12);
+    for (pair, (out, levels)) in
+        out.as_chunks_mut::<64>().0.iter_mut().zip(levels.as_chunks::<32>().0).enumerate()
+    {
+        let (low, high) = (six_bit_pair(packed, 2 * pair), six_bit_pair(packed, 2 * pair + 1));
+        let (d_low, min_low) = (d * f32::from(low.0), min * f32::from(low.1));
+        let (d_high, min_high) = (d * f32::from(high.0), min * f32::from(high.1));
+        for l in 0..32 {
+            out[l] = d_low * f32::from(levels[l] & 15) - min_low;
+            out[l + 32] = d_high * f32::from(levels[l] >> 4) - min_high;
+        }
+    }
+}
+
+/// Scale and minimum of group `j` of 8 among the 12 packed bytes of Q4_K. Those of the first four groups lie
+/// in the low 6 bits of bytes 0 to 7; of the others, 4 bits of both lie in bytes 8 to 11 and 2 bits on top of
+/// the first ones.
+#[inline(always)]
+pub(super) fn six_bit_pair(packed: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        return (packed[j] & 63, packed[j + 4] & 63);
+    }
+    (packed[j + 4] & 15 | packed[j - 4] >> 6 << 4, packed[j + 4] >> 4 | packed[j] >> 6 << 4)
+}
+
+/// Low 4 bits (128 bytes), high 2 bits (64), 16 scales, their unit. In each half of the block, byte l of the
+/// low parts has values l and l + 64, byte l + 32 values l + 32 and l + 96; byte l of the high parts has all
+/// four.
+#[inline(always)]
+fn q6_k(block: &[u8; 210], out: &mut [f32; K_BLOCK]) {
+    let d = scale(block, 208);
+    for (half, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+        let (low, high) = (&block[64 * half..][..64], &block[128 + 32 * half..][..32]);
+        for quarter in 0..4 {
+            let (low, shift) = (&low[32 * (quarter % 2)..][..32], 4 * (quarter / 2));
+            for group in 0..2 {
+                let scale = d * f32::from(block[192 + 8 * half + 2 * quarter + group] as i8);
+                for l in 16 * group..16 * group + 16 {
+                    let level = low[l] >> shift & 15 | (high[l] >> (2 * quarter) & 3) << 4;
+                    out[32 * quarter + l] = scale * (f32::from(level) - 32.0);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn scale(block: &[u8], at: usize) -> f32 {
     half_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
 /// Half to single precision without branches or subnormal arithmetic, so that it vectorizes: normal numbers
 /// by moving the exponent (a multiplication by 2^-112), subnormal ones by subtracting a magic 0.5.
 #[inline(always)]
-fn half_to_f32(bits: u16) -> f32 {
+pub(super) fn half_to_f32(bits: u16) -> f32 {
     let sign = u32::from(bits & 0x8000) << 16;
     let magnitude = u32::from(bits & 0x7fff);
     let normal = f32::from_bits((magnitude << 13) + (0xe0 << 23)) * f32::from_bits(0x0780_0000);

@@ -1,9 +1,10 @@
 //! From values to stored bytes, bit-equal to ggml's reference quantizers (`ggml-quants.c`,
-//! `quantize_row_q*_ref`): the same operations in the same order in single precision.
+//! `quantize_row_q*_ref`): the same operations in the same order in single precision. The K formats are in
+//! `k_quants.rs`.
 
 use half::{bf16, f16};
 
-use super::{BLOCK, WeightFormat};
+use super::{BLOCK, WeightFormat, k_quants};
 use crate::error::WeightError;
 
 /// Stores values that [`check_range`] has accepted, in whole blocks.
@@ -15,6 +16,9 @@ pub(super) fn quantize(values: &[f32], format: WeightFormat) -> Vec<u8> {
         WeightFormat::Q8_0 => blocks(values, format, q8_0),
         WeightFormat::Q4_0 => blocks(values, format, q4_0),
         WeightFormat::Q4_1 => blocks(values, format, q4_1),
+        WeightFormat::Q5_0 => blocks(values, format, q5_0),
+        WeightFormat::Q4_K => blocks(values, format, k_quants::q4_k),
+        WeightFormat::Q6_K => blocks(values, format, k_quants::q6_k),
     }
 }
 
@@ -23,7 +27,13 @@ pub(super) fn check_range(values: &[f32], format: WeightFormat) -> Result<(), We
     let most = match format {
         WeightFormat::F32 => f32::MAX,
         WeightFormat::BF16 => bf16::MAX.to_f32(),
-        WeightFormat::F16 | WeightFormat::Q8_0 | WeightFormat::Q4_0 | WeightFormat::Q4_1 => f16::MAX.to_f32(),
+        WeightFormat::F16
+        | WeightFormat::Q8_0
+        | WeightFormat::Q4_0
+        | WeightFormat::Q4_1
+        | WeightFormat::Q5_0
+        | WeightFormat::Q4_K
+        | WeightFormat::Q6_K => f16::MAX.to_f32(),
     };
     match values.iter().position(|x| x.is_nan() || x.abs() > most) {
         Some(index) => Err(WeightError::Value { index, format: format.name() }),
@@ -32,8 +42,9 @@ pub(super) fn check_range(values: &[f32], format: WeightFormat) -> Result<(), We
 }
 
 fn blocks(values: &[f32], format: WeightFormat, quantize: fn(&[f32], &mut Vec<u8>)) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(values.len() / BLOCK * format.block().1);
-    for block in values.chunks_exact(BLOCK) {
+    let (block_values, block_bytes) = format.block();
+    let mut bytes = Vec::with_capacity(values.len() / block_values * block_bytes);
+    for block in values.chunks_exact(block_values) {
         quantize(block, &mut bytes);
     }
     bytes
@@ -48,13 +59,7 @@ fn q8_0(block: &[f32], bytes: &mut Vec<u8>) {
 }
 
 fn q4_0(block: &[f32], bytes: &mut Vec<u8>) {
-    let mut signed_max = 0f32;
-    for &x in block {
-        if x.abs() > signed_max.abs() {
-            signed_max = x;
-        }
-    }
-    let d = signed_max / -8.0;
+    let d = outermost(block) / -8.0;
     let inverse = inverse(d);
     bytes.extend(f16::from_f32(d).to_le_bytes());
     nibbles(block, bytes, |x| x * inverse + 8.5);
@@ -68,6 +73,23 @@ fn q4_1(block: &[f32], bytes: &mut Vec<u8>) {
     bytes.extend(f16::from_f32(d).to_le_bytes());
     bytes.extend(f16::from_f32(min).to_le_bytes());
     nibbles(block, bytes, |x| (x - min) * inverse + 0.5);
+}
+
+/// The fifth bits of all values come first, as one little-endian number; then the low four as in Q4_0.
+fn q5_0(block: &[f32], bytes: &mut Vec<u8>) {
+    let d = outermost(block) / -16.0;
+    let inverse = inverse(d);
+    let level = |x: f32| ((x * inverse + 16.5) as u8).min(31);
+    let fifth = |bits: u32, (at, &x): (usize, &f32)| bits | u32::from(level(x) >> 4) << at;
+    bytes.extend(f16::from_f32(d).to_le_bytes());
+    bytes.extend(block.iter().enumerate().fold(0, fifth).to_le_bytes());
+    let (low, high) = block.split_at(BLOCK / 2);
+    bytes.extend(low.iter().zip(high).map(|(&x, &y)| level(x) & 15 | level(y) << 4));
+}
+
+/// The first value that is farthest from zero, with its sign.
+pub(super) fn outermost(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |most: f32, &x| if x.abs() > most.abs() { x } else { most })
 }
 
 /// Byte j holds value j in its low half and value j + 16 in its high half; levels are truncated.
@@ -85,7 +107,7 @@ fn inverse(d: f32) -> f32 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::WeightMatrix;
+    use super::super::{K_BLOCK, WeightMatrix};
     use super::*;
 
     fn ramp(scale: f32, shift: f32) -> Vec<f32> {
@@ -141,7 +163,7 @@ mod tests {
     #[test]
     fn zeros_stay_zeros() {
         for format in WeightFormat::ALL {
-            let zeros = WeightMatrix::from_f32(&[0.0; 64], 2, 32, format).unwrap();
+            let zeros = WeightMatrix::from_f32(&[0.0; 512], 2, 256, format).unwrap();
             assert!(zeros.to_f32().iter().all(|&x| x == 0.0), "{format:?}");
         }
     }
@@ -160,7 +182,9 @@ mod tests {
             assert_eq!(error, WeightError::Value { index: 9, format: format.name() });
         }
         let error = WeightMatrix::from_f32(&[0.0; 48], 1, 48, WeightFormat::Q4_0).unwrap_err();
-        assert_eq!(error, WeightError::Columns { format: "Q4_0", cols: 48 });
+        assert_eq!(error, WeightError::Columns { format: "Q4_0", block: 32, cols: 48 });
+        let error = WeightMatrix::from_f32(&[0.0; 64], 2, 32, WeightFormat::Q6_K).unwrap_err();
+        assert_eq!(error, WeightError::Columns { format: "Q6_K", block: 256, cols: 32 });
         assert!(WeightMatrix::from_f32(&[0.0; 48], 2, 32, WeightFormat::F32).is_err());
         assert!(WeightMatrix::from_f32(&[], 0, 32, WeightFormat::F32).is_err());
         assert!(WeightMatrix::from_bytes(vec![], usize::MAX, 2, WeightFormat::F32).is_err());
@@ -169,13 +193,14 @@ mod tests {
     proptest! {
         /// At most half a level (a whole one where Q4_0's positive end is cut off), and the scale's own rounding.
         #[test]
-        fn error_is_bounded(values in prop::collection::vec(-100f32..100.0, BLOCK)) {
+        fn error_is_bounded(values in prop::collection::vec(-100f32..100.0, K_BLOCK)) {
             let spread = values.iter().fold(0f32, |most, x| most.max(x.abs()));
             for (format, levels) in [
                 (WeightFormat::F16, 1000.0), (WeightFormat::BF16, 200.0), (WeightFormat::Q8_0, 225.0),
-                (WeightFormat::Q4_0, 7.9), (WeightFormat::Q4_1, 14.0),
+                (WeightFormat::Q4_0, 7.9), (WeightFormat::Q4_1, 14.0), (WeightFormat::Q5_0, 15.9),
+                (WeightFormat::Q4_K, 8.0), (WeightFormat::Q6_K, 24.0),
             ] {
-                let back = WeightMatrix::from_f32(&values, 1, BLOCK, format).unwrap().to_f32();
+                let back = WeightMatrix::from_f32(&values, 1, K_BLOCK, format).unwrap().to_f32();
                 for (x, y) in values.iter().zip(back) {
                     prop_assert!((x - y).abs() <= spread / levels, "{format:?}: {x} became {y}");
                 }
