@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
+use std::thread;
 
 use sha2::{Digest, Sha256};
 
@@ -13,6 +14,8 @@ use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightFormat;
 
+/// Bytes of a file from which its hash is taken on a thread of its own.
+const HASHED_BESIDE: usize = 1 << 22;
 const ARCHITECTURE: &str = "llama";
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 const TOKEN_EMBEDDING: &str = "token_embd.weight";
@@ -39,7 +42,19 @@ pub(crate) fn layer_tensor(layer: usize, name: &str) -> String {
 
 /// Reads a base model from the bytes of a GGUF file.
 pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
-    let sha256 = Sha256::digest(bytes.as_ref()).into();
+    let hashed = bytes.clone();
+    let digest = move || -> [u8; 32] { Sha256::digest(hashed.as_ref()).into() };
+    // Hashing takes as long as all the rest: half a second a gigabyte.
+    let thread = (bytes.as_ref().len() > HASHED_BESIDE).then(|| thread::Builder::new().spawn(digest.clone()));
+    let model = parse(bytes);
+    let sha256 = match thread {
+        Some(Ok(thread)) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        Some(Err(_)) | None => digest(),
+    };
+    Ok(BaseModel { sha256, ..model? })
+}
+
+fn parse(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
     let file = Gguf::parse(bytes)?;
     let config = read_config(&file)?;
     check_tensor_names(&file, &config)?;
@@ -57,7 +72,7 @@ pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
         chat_template: file.metadata.optional_string(CHAT_TEMPLATE)?.map(str::to_owned),
         config,
         tokenizer,
-        sha256,
+        sha256: [0; 32],
     })
 }
 

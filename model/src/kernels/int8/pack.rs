@@ -27,7 +27,12 @@ impl Form {
             WeightFormat::Q4_1 => Some(Self::NibblesMinimum),
             WeightFormat::Q4_0 => Some(Self::Nibbles),
             WeightFormat::Q8_0 => Some(Self::Bytes),
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::BF16 => None,
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::BF16
+            | WeightFormat::Q5_0
+            | WeightFormat::Q4_K
+            | WeightFormat::Q6_K => None,
         }
     }
 
@@ -86,7 +91,7 @@ struct Shape {
 }
 
 impl Shape {
-    /// None for formats without blocks of 32.
+    /// None for formats that have no packed form.
     fn of(weight: &WeightMatrix) -> Option<Self> {
         let form = Form::of(weight.format())?;
         Some(Self { form, rows: weight.rows(), cols: weight.cols() })
@@ -106,7 +111,7 @@ impl Shape {
 }
 
 impl Packed {
-    /// Packs weights into one region of memory; none for those whose format has no blocks of 32. Each is let go
+    /// Packs weights into one region of memory; none for those whose format has no packed form. Each is let go
     /// as soon as it is packed.
     pub(crate) fn all(weights: &[&WeightMatrix]) -> Vec<Option<Self>> {
         let shapes: Vec<Option<Shape>> = weights.iter().map(|weight| Shape::of(weight)).collect();
