@@ -39,7 +39,8 @@ const ARROWS: [(&str, &[&str]); 8] = [
 ];
 
 /// Families of crates that enter through few packages of ours: the family's name, and the packages.
-const DOORS: [(&str, &[&str]); 4] = [
+const DOORS: [(&str, &[&str]); 5] = [
+    ("minijinja", &["fleetune-model"]),
     ("burn", &["fleetune-model"]),
     ("sqlx", &["fleetune-coordinator"]),
     ("opendp", &["fleetune-privacy"]),
