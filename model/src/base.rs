@@ -185,7 +185,14 @@ fn check_matrix(name: &str, matrix: &WeightMatrix, (rows, cols): (usize, usize))
 }
 
 fn check_vector(name: &str, vector: &[f32], len: usize) -> Result<(), ModelError> {
-    check_shape(name, &[len], &[vector.len()])
+    check_shape(name, &[len], &[vector.len()])?;
+    match vector.iter().position(|value| !value.is_finite()) {
+        Some(index) => {
+            let reason = format!("value {index} is not finite");
+            Err(ModelError::Malformed { what: name.to_owned(), reason })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Shapes as (rows, columns) or (length).
@@ -265,6 +272,7 @@ pub(crate) mod tests {
         check("blk.0.ffn_norm.weight", |parts| _ = parts.layers[0].ffn_norm.pop());
         check("output.weight", |parts| parts.output = Some(matrix((2, 64), WeightFormat::F32, 1)));
         check("layers", |parts| _ = parts.layers.pop());
+        check("output_norm.weight: value 2 is not finite", |parts| parts.output_norm[2] = f32::NAN);
         check("rows", |parts| parts.config.vocab_size += 1);
     }
 

@@ -6,7 +6,7 @@ mod from_gguf;
 mod from_json;
 mod train;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
@@ -175,12 +175,18 @@ impl Tokenizer {
         })
     }
 
+    /// A word that occurs again is looked up among those of this text.
     fn encode_words(&self, text: &str, ids: &mut Vec<u32>) {
-        for word in cut_words(&self.inner.words, text) {
-            let tokens =
-                self.inner.bpe.tokenize(&word).expect("BPE without dropout or unknown token cannot fail");
-            ids.extend(tokens.into_iter().map(|token| token.id));
+        let words = cut_words(&self.inner.words, text);
+        let mut known: HashMap<&str, Vec<u32>> = HashMap::new();
+        for word in &words {
+            ids.extend_from_slice(known.entry(word).or_insert_with(|| self.word_ids(word)));
         }
+    }
+
+    fn word_ids(&self, word: &str) -> Vec<u32> {
+        let tokens = self.inner.bpe.tokenize(word).expect("BPE without dropout or unknown token cannot fail");
+        tokens.into_iter().map(|token| token.id).collect()
     }
 }
 
@@ -233,7 +239,9 @@ impl Vocabulary {
 
     fn bpe(&self) -> Result<BPE, String> {
         let ids: Vocab = self.tokens.iter().cloned().zip(0..).collect();
-        BPE::builder().vocab_and_merges(ids, self.merges.clone()).build().map_err(|error| error.to_string())
+        // Its own cache would keep the words of users' texts in every thread, even after the tokenizer is gone.
+        let builder = BPE::builder().vocab_and_merges(ids, self.merges.clone()).cache_capacity(0);
+        builder.build().map_err(|error| error.to_string())
     }
 }
 

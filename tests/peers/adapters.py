@@ -7,12 +7,14 @@ log-likelihood of every token of a paragraph must agree, with each program readi
 
 Run by hand: the packages are large and llama-cpp-python is built from source. `--trained FILE` adds an adapter that
 this project trained on that model. For the embedded base that takes a minute: `fleetune-sim run --out OUT`, then
-`--model sim/base/fleetune-base.q8_0.gguf --trained OUT/adapter.gguf`. The script takes about 3 minutes and 3 GB for
+`--model sim/base/fleetune-base.q8_0.gguf --trained OUT/adapter.gguf`. The script takes about 3 minutes and 4 GB for
 SmolLM2 and needs no network. It ends with status 1 if a token differs by more than 1e-4 nats.
 
 What is compared, on the model expanded to f32:
 - the base: this project on the GGUF file, on an F32 GGUF file that `gguf` wrote, and on a folder that transformers
   wrote; transformers; llama.cpp on the F32 file;
+- the base as llama.cpp quantizes it (Q4_K_M and Q6_K; where rows are no whole blocks it falls back to Q5_0 and Q8_0):
+  this project on that file, transformers on the values that `gguf` expands;
 - an adapter made by peft (LoRA on the attention, rsLoRA on all seven projections): peft, this project reading
   peft's folder, and llama.cpp reading what this project exports of it as GGUF;
 - the same adapter and the trained one exported by this project: peft and llama.cpp reading the exports.
@@ -207,6 +209,14 @@ def peft_adapter(base, folder, targets, rank, alpha, rslora):
     return model
 
 
+def quantized_by_llama_cpp(base, name, path):
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), 2
+    source = str(base.f32_gguf).encode()
+    assert llama_cpp.llama_model_quantize(source, str(path).encode(), ctypes.byref(params)) == 0
+    return path
+
+
 class Report:
     def __init__(self):
         self.worst = 0.0
@@ -241,6 +251,14 @@ def compare(arguments, text, scratch, report):
     report.line("base, this project, F32 GGUF by gguf", sim.nll(base.f32_gguf), plain)
     report.line("base, this project, folder by transformers", sim.nll(base.folder), plain)
     report.line("base, llama.cpp, F32 GGUF", llama.nll(ids), plain)
+
+    for name in ("Q4_K_M", "Q6_K"):
+        file = quantized_by_llama_cpp(base, name, scratch / f"{name}.gguf")
+        (scratch / name).mkdir()
+        expanded = Base(file, scratch / name)
+        formats = sorted({tensor.tensor_type.name for tensor in expanded.reader.tensors})
+        expected = transformers_nll(expanded.model, ids)
+        report.line(f"base by llama.cpp in {' '.join(formats)}, this project", sim.nll(file), expected)
 
     adapters = []
     for name, targets, rank, alpha, rslora in [("attention", ATTENTION, 8, 16, False), ("all, rsLoRA", ALL, 4, 6, True)]:
