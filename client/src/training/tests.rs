@@ -39,7 +39,7 @@ fn the_update_follows_from_order_device_and_data_alone() {
 fn less_memory_gives_the_same_bits() {
     let order = order(&plan());
     let mut frugal =
-        LocalTrainer::with_options(base(), &order.plan, TrainerOptions { recompute: true }).unwrap();
+        LocalTrainer::with_options(base(), &order.plan, TrainerOptions { recompute: true, ..TrainerOptions::default() }).unwrap();
     let update = frugal.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false).unwrap();
     assert_eq!(update, run(&order, 1).unwrap());
 }
