@@ -104,7 +104,11 @@ impl LayerSource for TrainedSource {
             projections: Projection::ALL.map(|p| {
                 let (rows, cols) = p.shape(config);
                 let values = &theta[parts.projections[p as usize].clone()];
-                Linear { weight: Weight::Trained { values, rows, cols }, lora: None, precision: Precision::F32 }
+                Linear {
+                    weight: Weight::Trained { values, rows, cols },
+                    lora: None,
+                    precision: Precision::F32,
+                }
             }),
         }
     }

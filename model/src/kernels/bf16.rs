@@ -71,7 +71,7 @@ pub(crate) enum Right<'a> {
 /// Rows of a matrix as they rest; a packer reads `GROUP` values of a row at a time.
 #[derive(Debug, Clone, Copy)]
 enum Rows<'a> {
-    Values { data: &'a [f32], rows: usize, cols: usize, stride: usize },
+    Values { data: &'a [f32], stride: usize },
     Stored(&'a WeightMatrix),
 }
 
@@ -190,12 +190,12 @@ impl<'a> Right<'a> {
 impl<'a> Rows<'a> {
     /// The rows of a view or, if those are not contiguous, its columns; and whether it is the latter.
     fn of(view: &View<'a>) -> (Self, bool) {
-        let View { data, rows, cols, row_stride, col_stride } = *view;
+        let View { data, row_stride, col_stride, .. } = *view;
         if col_stride == 1 {
-            return (Self::Values { data, rows, cols, stride: row_stride }, false);
+            return (Self::Values { data, stride: row_stride }, false);
         }
         assert!(row_stride == 1, "a view has contiguous rows or columns");
-        (Self::Values { data, rows: cols, cols: rows, stride: col_stride }, true)
+        (Self::Values { data, stride: col_stride }, true)
     }
 }
 
@@ -210,6 +210,9 @@ pub(crate) fn product(kernel: Kernel, out: ViewMut<'_>, into: Into, left: View<'
         out.rows,
         out.cols,
     );
+    if depth == 0 && into == Into::Overwrite {
+        out.data.chunks_mut(out.row_stride.max(1)).take(out.rows).for_each(|row| row[..columns].fill(0.0));
+    }
     let stretch = depth.div_ceil(depth.div_ceil(DEPTH_MAX).max(1)).next_multiple_of(GROUP).max(GROUP);
     let tile_columns = (2 * TILE_PAIRS_MAX / stretch / PANEL * PANEL).min(columns.next_multiple_of(PANEL));
     let mut left_memory = buffer(left_pairs(&left, stretch) + LINE);

@@ -83,7 +83,13 @@ impl<'a> Weight<'a> {
         }
         if let Some(kernel) = precision.kernel() {
             let left = View::new(x, m, k);
-            return bf16::product(kernel, ViewMut::new(y, m, n), Into::Overwrite, left, self.right_transposed());
+            return bf16::product(
+                kernel,
+                ViewMut::new(y, m, n),
+                Into::Overwrite,
+                left,
+                self.right_transposed(),
+            );
         }
         self.for_each_tile(TILE_VALUES, |first, tile| {
             let rows = tile.len() / k;

@@ -259,7 +259,11 @@ mod tests {
         let base = base();
         let layout = layout(&base.config, &[Projection::Q, Projection::V, Projection::Down], false);
         let values = Adapter::init(Arc::clone(&layout)).values;
-        (LoraTrainer::new(base, layout, TrainerOptions { recompute, ..TrainerOptions::default() }).unwrap(), values)
+        (
+            LoraTrainer::new(base, layout, TrainerOptions { recompute, ..TrainerOptions::default() })
+                .unwrap(),
+            values,
+        )
     }
 
     fn trained(seed: u64, recompute: bool) -> (Vec<f32>, TrainSummary) {

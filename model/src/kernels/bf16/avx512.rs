@@ -33,7 +33,10 @@ pub(super) fn transpose_rows(source: Rows<'_>, part: Part, panels: &mut [u32]) {
 }
 
 pub(super) fn round_rows(source: Rows<'_>, part: Part, stride: usize, out: &mut [u32]) {
-    assert!(available() && stride >= part.cols.next_multiple_of(GROUP) / 2, "detected, and rows do not overlap");
+    assert!(
+        available() && stride >= part.cols.next_multiple_of(GROUP) / 2,
+        "detected, and rows do not overlap"
+    );
     // SAFETY: the instructions were detected.
     unsafe { round_any(source, part, stride, out) }
 }
@@ -42,7 +45,10 @@ pub(super) fn multiply(block: Block, left: Left<'_>, panel: &[u32], out: &mut [f
     let last = block.rows - 1;
     assert!(available() && block.pairs > 0 && (1..=PANEL).contains(&block.cols), "detected, and not empty");
     assert!(last * left.row_stride + (block.pairs - 1) * left.pair_stride < left.pairs.len(), "left factor");
-    assert!(block.pairs * PANEL <= panel.len() && last * block.stride + block.cols <= out.len(), "panel, output");
+    assert!(
+        block.pairs * PANEL <= panel.len() && last * block.stride + block.cols <= out.len(),
+        "panel, output"
+    );
     // SAFETY: the instructions were detected, and the bounds that the kernels name were just checked.
     unsafe {
         match block.rows {
@@ -111,15 +117,18 @@ macro_rules! with_format {
                 match w.format() {
                     WeightFormat::F32 => {
                         let values: &[f32] = w.as_f32().unwrap_or_default();
-                        let $load = |row: usize, col: usize, count| f32_group(&values[row * cols + col..], count);
+                        let $load =
+                            |row: usize, col: usize, count| f32_group(&values[row * cols + col..], count);
                         $body
                     }
                     WeightFormat::F16 => {
-                        let $load = |row: usize, col: usize, count| f16_group(&halves[row * cols + col..], count);
+                        let $load =
+                            |row: usize, col: usize, count| f16_group(&halves[row * cols + col..], count);
                         $body
                     }
                     WeightFormat::BF16 => {
-                        let $load = |row: usize, col: usize, count| bf16_group(&halves[row * cols + col..], count);
+                        let $load =
+                            |row: usize, col: usize, count| bf16_group(&halves[row * cols + col..], count);
                         $body
                     }
                     WeightFormat::Q8_0 => {
@@ -174,7 +183,8 @@ fn interleave(load: impl Fn(usize, usize, usize) -> __m512i, part: Part, width: 
             }
             let (row, from, count) = (part.first_row + 2 * j, part.first_col + col, part.cols - col);
             let first = load(row, from, count);
-            let second = if 2 * j + 1 < part.rows { load(row + 1, from, count) } else { _mm512_setzero_si512() };
+            let second =
+                if 2 * j + 1 < part.rows { load(row + 1, from, count) } else { _mm512_setzero_si512() };
             store(&mut out[..LANES], _mm512_permutex2var_epi16(first, low, second));
             store(&mut out[LANES..], _mm512_permutex2var_epi16(first, high, second));
         }
@@ -230,14 +240,10 @@ fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     let mut out = quads;
     for c in 0..4 {
         let (upper, lower) = ((quads[c], quads[4 + c]), (quads[8 + c], quads[12 + c]));
-        let even = (
-            _mm512_shuffle_i32x4::<0x88>(upper.0, upper.1),
-            _mm512_shuffle_i32x4::<0x88>(lower.0, lower.1),
-        );
-        let odd = (
-            _mm512_shuffle_i32x4::<0xdd>(upper.0, upper.1),
-            _mm512_shuffle_i32x4::<0xdd>(lower.0, lower.1),
-        );
+        let even =
+            (_mm512_shuffle_i32x4::<0x88>(upper.0, upper.1), _mm512_shuffle_i32x4::<0x88>(lower.0, lower.1));
+        let odd =
+            (_mm512_shuffle_i32x4::<0xdd>(upper.0, upper.1), _mm512_shuffle_i32x4::<0xdd>(lower.0, lower.1));
         out[c] = _mm512_shuffle_i32x4::<0x88>(even.0, even.1);
         out[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd.0, odd.1);
         out[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even.0, even.1);
@@ -253,9 +259,8 @@ fn f32_group(values: &[f32], count: usize) -> __m512i {
     let (low, high) = (mask(count), mask(count.saturating_sub(LANES)));
     let from = values.as_ptr();
     // SAFETY: the masks keep to the first `count` values, which are in the slice.
-    let (a, b) = unsafe {
-        (_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from.wrapping_add(LANES)))
-    };
+    let (a, b) =
+        unsafe { (_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from.wrapping_add(LANES))) };
     rounded(a, b)
 }
 
