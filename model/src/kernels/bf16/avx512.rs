@@ -159,7 +159,7 @@ fn interleave_any(source: Rows<'_>, part: Part, width: usize, panels: &mut [u32]
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn transpose_any(source: Rows<'_>, part: Part, panels: &mut [u32]) {
-    with_format!(source, load => transpose(load, part, panels));
+    with_format!(source, load => transpose(load, Memory::of(source), part, panels));
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
@@ -174,40 +174,84 @@ fn interleave(load: impl Fn(usize, usize, usize) -> __m512i, part: Part, width: 
     let order: [u16; 64] = std::array::from_fn(|i| (i / 2 + 32 * (i % 2)) as u16);
     let (low, high) = (load_words(&order[..32]), load_words(&order[32..]));
     for j in 0..pairs {
-        for col in (0..part.cols.next_multiple_of(width)).step_by(GROUP) {
-            let at = (col / width * pairs + j) * width + col % width;
-            let out = &mut panels[at..at + GROUP];
-            if col >= part.cols {
-                out.fill(0);
-                continue;
+        let row = part.first_row + 2 * j;
+        for (panel, start) in (0..part.cols).step_by(width).enumerate() {
+            let line = &mut panels[(panel * pairs + j) * width..][..width];
+            for (out, col) in line.as_chunks_mut::<GROUP>().0.iter_mut().zip((start..).step_by(GROUP)) {
+                if col >= part.cols {
+                    out.fill(0);
+                    continue;
+                }
+                let (from, count) = (part.first_col + col, part.cols - col);
+                let first = load(row, from, count);
+                let last = 2 * j + 1 == part.rows;
+                let second = if last { _mm512_setzero_si512() } else { load(row + 1, from, count) };
+                store(&mut out[..LANES], _mm512_permutex2var_epi16(first, low, second));
+                store(&mut out[LANES..], _mm512_permutex2var_epi16(first, high, second));
             }
-            let (row, from, count) = (part.first_row + 2 * j, part.first_col + col, part.cols - col);
-            let first = load(row, from, count);
-            let second =
-                if 2 * j + 1 < part.rows { load(row + 1, from, count) } else { _mm512_setzero_si512() };
-            store(&mut out[..LANES], _mm512_permutex2var_epi16(first, low, second));
-            store(&mut out[LANES..], _mm512_permutex2var_epi16(first, high, second));
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn transpose(load: impl Fn(usize, usize, usize) -> __m512i, part: Part, panels: &mut [u32]) {
+fn transpose(
+    load: impl Fn(usize, usize, usize) -> __m512i,
+    memory: Memory<'_>,
+    part: Part,
+    panels: &mut [u32],
+) {
     let pairs = part.cols.div_ceil(2);
     for row in (0..part.rows.next_multiple_of(PANEL)).step_by(LANES) {
         let panel = &mut panels[row / PANEL * pairs * PANEL..][..pairs * PANEL];
         let rows = part.rows.saturating_sub(row).min(LANES);
         for col in (0..part.cols).step_by(GROUP) {
-            let mut words = [_mm512_setzero_si512(); LANES];
-            for (i, word) in words[..rows].iter_mut().enumerate() {
-                *word = load(part.first_row + row + i, part.first_col + col, part.cols - col);
-            }
-            let kept = (pairs - col / 2).min(LANES);
-            let lines = panel[col / 2 * PANEL..].chunks_mut(PANEL);
-            for (word, line) in transposed(words).into_iter().zip(lines).take(kept) {
+            let (at, from, count) = (part.first_row + row, part.first_col + col, part.cols - col);
+            memory.prefetch(at + LANES, from);
+            let words: [__m512i; LANES] = if rows == LANES {
+                std::array::from_fn(|i| load(at + i, from, count))
+            } else {
+                std::array::from_fn(
+                    |i| if i < rows { load(at + i, from, count) } else { _mm512_setzero_si512() },
+                )
+            };
+            let lines = panel[col / 2 * PANEL..].as_chunks_mut::<PANEL>().0;
+            for (word, line) in transposed(words).into_iter().zip(lines) {
                 store(&mut line[row % PANEL..][..LANES], word);
             }
+        }
+    }
+}
+
+/// Where rows lie. Sixteen streams of short rows are more than the processor foresees by itself.
+#[derive(Clone, Copy)]
+struct Memory<'a> {
+    bytes: &'a [u8],
+    row_bytes: usize,
+    cols: usize,
+}
+
+impl<'a> Memory<'a> {
+    fn of(source: Rows<'a>) -> Self {
+        match source {
+            Rows::Values { data, stride } => {
+                Self { bytes: bytemuck::cast_slice(data), row_bytes: 4 * stride, cols: stride }
+            }
+            Rows::Stored(w) => {
+                let bytes = w.as_bytes();
+                Self { bytes, row_bytes: bytes.len() / w.rows(), cols: w.cols() }
+            }
+        }
+    }
+
+    /// Asks for a column of the sixteen rows from `row`.
+    #[inline]
+    fn prefetch(&self, row: usize, col: usize) {
+        let start = row * self.row_bytes + col * self.row_bytes / self.cols;
+        for i in 0..LANES {
+            let at = self.bytes.as_ptr().wrapping_add(start + i * self.row_bytes);
+            // SAFETY: a hint that may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
     }
 }
