@@ -46,7 +46,8 @@ impl LocalTrainer {
         Self::with_options(base, plan, TrainerOptions::default())
     }
 
-    /// [`LocalTrainer::new`] with a choice between time and memory; the update is the same bytes.
+    /// [`LocalTrainer::new`] with a choice between time and memory, which leaves the update the same bytes, and of
+    /// the products' precision, which does not.
     ///
     /// # Errors
     /// As [`LocalTrainer::new`].

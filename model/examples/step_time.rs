@@ -1,6 +1,7 @@
 //! Times training steps: `step_time product`, `step_time full HIDDEN LAYERS HEADS KV_HEADS FEED_FORWARD VOCAB
-//! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [recompute]`
-//! (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads and compare better than wall time on a busy
+//! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [--recompute]
+//! [--precision f32|bf16]`, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step on
+//! blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads and compare better than wall time on a busy
 //! machine; `product` gives the rate of the matrix product alone on the same machine.
 #![allow(
     clippy::print_stdout,
@@ -19,7 +20,7 @@ use fleetune_model::batch::Batch;
 use fleetune_model::config::{ModelConfig, Projection};
 use fleetune_model::full::FullTrainer;
 use fleetune_model::optim::{AdamW, AdamWConfig};
-use fleetune_model::train::{LoraTrainer, TrainerOptions};
+use fleetune_model::train::{LoraTrainer, Precision, TrainerOptions};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -28,11 +29,19 @@ fn main() {
     match arguments.first().map(String::as_str) {
         Some("product") => products(),
         Some("full") => full(&numbers(1)),
-        Some("lora") => {
-            lora(Path::new(&arguments[1]), &numbers(2), arguments.last().is_some_and(|a| a == "recompute"))
-        }
+        Some("lora") => lora(Path::new(&arguments[1]), &numbers(2), options(&arguments[2..])),
+        Some("curve") => curve(Path::new(&arguments[1]), Path::new(&arguments[2]), &numbers(3)),
         _ => println!("see the head of this file"),
     }
+}
+
+fn options(arguments: &[String]) -> TrainerOptions {
+    let precision = match arguments.iter().skip_while(|a| *a != "--precision").nth(1).map(String::as_str) {
+        None | Some("f32") => Precision::F32,
+        Some("bf16") => Precision::Bf16,
+        Some(other) => panic!("--precision {other}: f32 or bf16"),
+    };
+    TrainerOptions { recompute: arguments.iter().any(|a| a == "--recompute"), precision }
 }
 
 fn products() {
@@ -108,17 +117,47 @@ fn full(n: &[usize]) {
     });
 }
 
-fn lora(model: &Path, n: &[usize], recompute: bool) {
-    let base = Arc::new(BaseModel::open(model).unwrap());
+fn adapter_layout(base: &BaseModel) -> Arc<AdapterLayout> {
     let targets = Projection::ALL[..4].to_vec();
     let config = LoraConfig { rank: 8, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
-    let layout = Arc::new(AdapterLayout::new(&base.config, &config).unwrap());
+    Arc::new(AdapterLayout::new(&base.config, &config).unwrap())
+}
+
+fn lora(model: &Path, n: &[usize], options: TrainerOptions) {
+    let base = Arc::new(BaseModel::open(model).unwrap());
+    let layout = adapter_layout(&base);
     let batch = batch(n[0], n[1], base.config.vocab_size);
     let mut values = Adapter::init(Arc::clone(&layout)).values;
-    let mut trainer = LoraTrainer::new(base, layout, TrainerOptions { recompute }).unwrap();
+    let mut trainer = LoraTrainer::new(base, layout, options).unwrap();
     time_steps(n[2], &mut values, |values, gradient| {
         trainer.loss_and_gradient(values, &batch, gradient).unwrap()
     });
+}
+
+/// The next blocks of the text at every step, both precisions from the same start.
+fn curve(model: &Path, text: &Path, n: &[usize]) {
+    let base = Arc::new(BaseModel::open(model).unwrap());
+    let layout = adapter_layout(&base);
+    let ids = base.tokenizer.encode(&std::fs::read_to_string(text).unwrap(), false);
+    let blocks: Vec<&[u32]> = ids.chunks_exact(n[1] + 1).collect();
+    let losses = [Precision::F32, Precision::Bf16].map(|precision| {
+        let options = TrainerOptions { precision, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options).unwrap();
+        let mut values = Adapter::init(Arc::clone(&layout)).values;
+        let mut optimizer = AdamW::new(AdamWConfig::default(), values.len());
+        let mut gradient = vec![0f32; values.len()];
+        let batches = blocks.chunks_exact(n[0]).take(n[2]).map(|blocks| Batch::from_blocks(blocks).unwrap());
+        let mut step = |batch| {
+            let loss = trainer.loss_and_gradient(&values, &batch, &mut gradient).unwrap();
+            optimizer.step(&mut values, &gradient, 1e-3);
+            loss
+        };
+        batches.map(&mut step).collect::<Vec<f32>>()
+    });
+    println!("step      f32     bf16     gap");
+    for (step, (a, b)) in losses[0].iter().zip(&losses[1]).enumerate() {
+        println!("{step:4} {a:8.4} {b:8.4} {:7.4}", b - a);
+    }
 }
 
 fn time_steps(

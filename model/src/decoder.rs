@@ -10,6 +10,7 @@ use crate::base::BaseModel;
 use crate::batch::InputError;
 use crate::config::{ModelConfig, Projection};
 use crate::kernels::attention::Heads;
+use crate::kernels::bf16::Precision;
 use crate::kernels::head::{Head, HeadGradients};
 use crate::kernels::layer::Layer;
 use crate::kernels::layer_backward::LayerGradients;
@@ -156,6 +157,7 @@ fn layer<'a>(
     index: usize,
     rope: &'a RopeTable,
     lora: Option<(&'a LoraPlan, &'a [f32])>,
+    precision: Precision,
 ) -> Layer<'a> {
     let weights = &base.layers[index];
     let eps = base.config.rms_eps;
@@ -167,13 +169,14 @@ fn layer<'a>(
         projections: Projection::ALL.map(|p| Linear {
             weight: Weight::Stored(&weights.projections[p as usize]),
             lora: lora.and_then(|(plan, theta)| plan.low_rank(index, p, theta)),
+            precision,
         }),
     }
 }
 
-fn head(base: &BaseModel) -> Head<'_> {
+fn head(base: &BaseModel, precision: Precision) -> Head<'_> {
     let norm = Norm { gain: &base.output_norm, eps: base.config.rms_eps };
-    Head { norm, output: Weight::Stored(base.head()) }
+    Head { norm, output: Weight::Stored(base.head()), precision }
 }
 
 /// Embeddings of ids that were checked, `[ids, hidden]`.
@@ -211,7 +214,7 @@ impl<'a> Decoder<'a> {
     }
 
     pub(crate) fn head(&self) -> Head<'_> {
-        head(self.base)
+        head(self.base, Precision::F32)
     }
 
     /// The residual stream after the last layer for whole sequences of `length` ids.
@@ -225,7 +228,7 @@ impl<'a> Decoder<'a> {
         embed(self.base, ids, &mut x);
         for index in 0..self.base.config.layers {
             let lora = self.lora.as_ref().map(|(plan, values)| (plan, &values[plan.values(index)]));
-            apply(&layer(self.base, index, &self.rope, lora), &x, &mut y);
+            apply(&layer(self.base, index, &self.rope, lora, Precision::F32), &x, &mut y);
             std::mem::swap(&mut x, &mut y);
         }
         x
@@ -240,11 +243,12 @@ pub(crate) struct AdaptedLayer {
     pub(crate) rope: Arc<RopeTable>,
     pub(crate) index: usize,
     pub(crate) recompute: bool,
+    pub(crate) precision: Precision,
 }
 
 impl LayerSource for AdaptedLayer {
     fn layer<'a>(&'a self, theta: &'a [f32]) -> Layer<'a> {
-        layer(&self.base, self.index, &self.rope, Some((&self.plan, theta)))
+        layer(&self.base, self.index, &self.rope, Some((&self.plan, theta)), self.precision)
     }
 
     fn gradients<'a>(&self, dtheta: &'a mut [f32]) -> LayerGradients<'a> {
@@ -258,11 +262,14 @@ impl LayerSource for AdaptedLayer {
 
 /// A head in which nothing is trained.
 #[derive(Debug)]
-pub(crate) struct FrozenHead(pub(crate) Arc<BaseModel>);
+pub(crate) struct FrozenHead {
+    pub(crate) base: Arc<BaseModel>,
+    pub(crate) precision: Precision,
+}
 
 impl HeadSource for FrozenHead {
     fn head<'a>(&'a self, _: &'a [f32]) -> Head<'a> {
-        head(&self.0)
+        head(&self.base, self.precision)
     }
 
     fn gradients<'a>(&self, _: &'a mut [f32]) -> HeadGradients<'a> {

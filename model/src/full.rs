@@ -16,6 +16,7 @@ use crate::config::{ModelConfig, Projection};
 use crate::decoder::{Rest, heads, rope_table, weight_gradient};
 use crate::error::ModelError;
 use crate::kernels::activation::add;
+use crate::kernels::bf16::Precision;
 use crate::kernels::head::{Head, HeadGradients};
 use crate::kernels::layer::Layer;
 use crate::kernels::layer_backward::LayerGradients;
@@ -103,7 +104,11 @@ impl LayerSource for TrainedSource {
             projections: Projection::ALL.map(|p| {
                 let (rows, cols) = p.shape(config);
                 let values = &theta[parts.projections[p as usize].clone()];
-                Linear { weight: Weight::Trained { values, rows, cols }, lora: None }
+                Linear {
+                    weight: Weight::Trained { values, rows, cols },
+                    lora: None,
+                    precision: Precision::F32,
+                }
             }),
         }
     }
@@ -130,6 +135,7 @@ impl HeadSource for TrainedSource {
         Head {
             norm: Norm { gain: &theta[self.layout.output_norm()], eps: config.rms_eps },
             output: Weight::Trained { values, rows: config.vocab_size, cols: config.hidden },
+            precision: Precision::F32,
         }
     }
 

@@ -224,8 +224,12 @@ mod tests {
         let adapter = adapter(&layout);
         let batch = batch(&config, case.shape.0, case.shape.1);
         let (expected_loss, expected) = stock_lora(&base, &adapter, &batch);
-        let mut trainer =
-            LoraTrainer::new(base, layout, TrainerOptions { recompute: case.recompute }).unwrap();
+        let mut trainer = LoraTrainer::new(
+            base,
+            layout,
+            TrainerOptions { recompute: case.recompute, ..TrainerOptions::default() },
+        )
+        .unwrap();
         let mut gradient = vec![f32::NAN; expected.len()];
         let loss = trainer.loss_and_gradient(&adapter.values, &batch, &mut gradient).unwrap();
         assert!((loss / expected_loss - 1.0).abs() < 1e-5, "{loss} {expected_loss}");

@@ -38,8 +38,12 @@ fn the_update_follows_from_order_device_and_data_alone() {
 #[test]
 fn less_memory_gives_the_same_bits() {
     let order = order(&plan());
-    let mut frugal =
-        LocalTrainer::with_options(base(), &order.plan, TrainerOptions { recompute: true }).unwrap();
+    let mut frugal = LocalTrainer::with_options(
+        base(),
+        &order.plan,
+        TrainerOptions { recompute: true, ..TrainerOptions::default() },
+    )
+    .unwrap();
     let update = frugal.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false).unwrap();
     assert_eq!(update, run(&order, 1).unwrap());
 }

@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::LoadedAdapter;
 use crate::kernels::attention::{Attention, Heads};
+use crate::kernels::bf16::Precision;
 use crate::kernels::scratch::buffer;
 use crate::kernels::simd::{dot, exp, max, simd_fn, sum};
 
@@ -85,7 +86,8 @@ impl LayerCache {
             return;
         }
         let mut log_sum = buffer(rows * shape.heads);
-        Attention { shape, q, k: &keys, v: &values, past }.forward(context, &mut log_sum);
+        Attention { shape, q, k: &keys, v: &values, past, precision: Precision::F32 }
+            .forward(context, &mut log_sum);
     }
 }
 

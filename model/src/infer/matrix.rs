@@ -1,5 +1,6 @@
 //! A projection's weight as inference multiplies it, and rows of activations in the forms that needs.
 
+use crate::kernels::bf16::Precision;
 use crate::kernels::int8::{Packed, Quantized};
 use crate::kernels::linear::Weight;
 use crate::kernels::scratch::{Buffer, buffer};
@@ -54,7 +55,7 @@ impl Matrix {
         let mut y = buffer(rows * weight.rows());
         match self {
             Self::Packed(packed) => packed.forward(x.quantized(), &mut y),
-            Self::Stored => Weight::Stored(weight).forward(x.values(), &mut y),
+            Self::Stored => Weight::Stored(weight).forward(x.values(), &mut y, Precision::F32),
         }
         y
     }

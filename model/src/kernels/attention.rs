@@ -3,12 +3,15 @@
 //! Scores exist for one head and at most `TILE_ROWS` queries at a time. The backward pass rebuilds the
 //! probabilities from the saved log-sum-exp of each row (Dao et al. 2022).
 
+use super::bf16::{self, Precision, Right};
 use super::matrix::{Into, View, ViewMut, product};
 use super::scratch::buffer;
 use super::simd::{dot, exp, max, simd_fn, sum};
 
-/// Queries whose scores are held at once.
-const TILE_ROWS: usize = 128;
+/// Queries whose scores are held at once: fewer skip more of the keys that lie ahead, and are enough to keep the
+/// bf16 kernel busy.
+const TILE_ROWS_F32: usize = 128;
+const TILE_ROWS_BF16: usize = 64;
 
 /// How queries, keys and values are laid out: rows of `heads * head_dim` and `kv_heads * head_dim` values.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +29,7 @@ pub(crate) struct Attention<'a> {
     pub(crate) k: &'a [f32],
     pub(crate) v: &'a [f32],
     pub(crate) past: usize,
+    pub(crate) precision: Precision,
 }
 
 /// Gradients of the rotated queries and keys and of the values.
@@ -77,20 +81,39 @@ impl Attention<'_> {
         self.q.len() / self.shape.q_width()
     }
 
+    fn tile_rows(&self) -> usize {
+        match self.precision.kernel() {
+            Some(_) => TILE_ROWS_BF16,
+            None => TILE_ROWS_F32,
+        }
+    }
+
+    /// Queries of the tile that starts there, and the keys that the last of them sees.
+    fn tile(&self, first: usize) -> (usize, usize) {
+        let n = self.tile_rows().min(self.rows() - first);
+        (n, self.past + first + n)
+    }
+
+    fn product(&self, out: ViewMut<'_>, into: Into, left: View<'_>, right: View<'_>) {
+        match self.precision.kernel() {
+            Some(kernel) => bf16::product(kernel, out, into, left, Right::Values(right)),
+            None => product(out, into, left, right, 1.0),
+        }
+    }
+
     /// Writes the context `[rows, heads * head_dim]` and the log-sum-exp of the scores `[heads, rows]`.
     pub(crate) fn forward(&self, context: &mut [f32], log_sum: &mut [f32]) {
         let (s, rows) = (self.shape, self.rows());
-        let mut scores = buffer(TILE_ROWS.min(rows) * (self.past + rows));
+        let mut scores = buffer(self.tile_rows().min(rows) * (self.past + rows));
         for head in 0..s.heads {
-            for first in (0..rows).step_by(TILE_ROWS) {
-                let (n, keys) = tile(rows, self.past, first);
+            for first in (0..rows).step_by(self.tile_rows()) {
+                let (n, keys) = self.tile(first);
                 let p = &mut scores[..n * keys];
-                product(
+                self.product(
                     ViewMut::new(p, n, keys),
                     Into::Overwrite,
                     self.queries(head, first, n),
                     self.keys(head, keys).t(),
-                    1.0,
                 );
                 causal_softmax(
                     p,
@@ -100,7 +123,7 @@ impl Attention<'_> {
                     &mut log_sum[head * rows + first..][..n],
                 );
                 let out = s.view_mut(context, s.q_width(), head, first, n);
-                product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, keys), 1.0);
+                self.product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, keys));
             }
         }
     }
@@ -109,13 +132,13 @@ impl Attention<'_> {
     pub(crate) fn backward(&self, log_sum: &[f32], dcontext: &[f32], out: &mut AttentionGradients<'_>) {
         assert!(self.past == 0, "attention gradients need the whole sequence");
         let rows = self.rows();
-        let mut p = buffer(TILE_ROWS.min(rows) * rows);
-        let mut dp = buffer(TILE_ROWS.min(rows) * rows);
+        let mut p = buffer(self.tile_rows().min(rows) * rows);
+        let mut dp = buffer(self.tile_rows().min(rows) * rows);
         for head in 0..self.shape.heads {
             let mut first_of_group = head % (self.shape.heads / self.shape.kv_heads) == 0;
             // The last tile reaches every key, so it alone overwrites dk and dv.
-            for first in (0..rows).step_by(TILE_ROWS).rev() {
-                let (n, keys) = tile(rows, 0, first);
+            for first in (0..rows).step_by(self.tile_rows()).rev() {
+                let (n, keys) = self.tile(first);
                 let tile = Tile {
                     head,
                     first,
@@ -144,19 +167,18 @@ impl Attention<'_> {
             (self.queries(t.head, t.first, n), self.keys(t.head, keys), self.values(t.head, keys));
         let dctx = s.view(dcontext, s.q_width(), t.head, t.first, n);
         let kv = s.kv_head(t.head);
-        product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t(), 1.0);
+        self.product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t());
         causal_probabilities(p, keys, t.first, scale, lse);
-        product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t(), 1.0);
-        product(s.view_mut(out.dv, s.kv_width(), kv, 0, keys), t.into, View::new(p, n, keys).t(), dctx, 1.0);
+        self.product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t());
+        self.product(s.view_mut(out.dv, s.kv_width(), kv, 0, keys), t.into, View::new(p, n, keys).t(), dctx);
         softmax_backward(p, dp, keys, scale);
-        product(
+        self.product(
             s.view_mut(out.dq, s.q_width(), t.head, t.first, n),
             Into::Overwrite,
             View::new(dp, n, keys),
             k,
-            1.0,
         );
-        product(s.view_mut(out.dk, s.kv_width(), kv, 0, keys), t.into, View::new(dp, n, keys).t(), q, 1.0);
+        self.product(s.view_mut(out.dk, s.kv_width(), kv, 0, keys), t.into, View::new(dp, n, keys).t(), q);
     }
 
     fn queries(&self, head: usize, first: usize, rows: usize) -> View<'_> {
@@ -179,11 +201,6 @@ struct Tile {
     rows: usize,
     keys: usize,
     into: Into,
-}
-
-fn tile(rows: usize, past: usize, first: usize) -> (usize, usize) {
-    let n = TILE_ROWS.min(rows - first);
-    (n, past + first + n)
 }
 
 simd_fn! {

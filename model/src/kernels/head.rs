@@ -1,6 +1,7 @@
 //! Final norm, output projection and cross entropy, a chunk of tokens at a time: the logits of a whole batch
 //! (`[tokens, vocabulary]`) never exist together.
 
+use super::bf16::Precision;
 use super::cross_entropy::{nll_and_gradient, nll_and_hits};
 use super::linear::Weight;
 use super::matrix::{Into, View, ViewMut, product};
@@ -17,6 +18,7 @@ const CHUNK_ROWS_MAX: usize = 512;
 pub(crate) struct Head<'a> {
     pub(crate) norm: Norm<'a>,
     pub(crate) output: Weight<'a>,
+    pub(crate) precision: Precision,
 }
 
 /// What the loss is taken over.
@@ -57,10 +59,10 @@ impl Head<'_> {
         let mut nll = buffer(targets.ids.len());
         for_each_chunk(targets.ids.len(), v, |first, rows, logits| {
             let (from, to) = (first * h, (first + rows) * h);
-            self.output.forward(&normalized[from..to], logits);
+            self.output.forward(&normalized[from..to], logits, self.precision);
             let chunk = first..first + rows;
             nll_and_gradient(logits, &targets.ids[chunk.clone()], 1.0 / targets.denominator, &mut nll[chunk]);
-            self.output.backward_input(logits, &mut dnormalized[from..to], Into::Overwrite);
+            self.output.backward_input(logits, &mut dnormalized[from..to], Into::Overwrite, self.precision);
             if let Some(dw) = gradients.output.as_deref_mut() {
                 let into = if first == 0 { Into::Overwrite } else { Into::Add };
                 let input = View::new(&normalized[from..to], rows, h);
@@ -83,7 +85,7 @@ impl Head<'_> {
         let (normalized, _) = self.norm.forward(x);
         let mut hits = 0;
         for_each_chunk(targets.len(), self.output.rows(), |first, rows, logits| {
-            self.output.forward(&normalized[first * h..(first + rows) * h], logits);
+            self.output.forward(&normalized[first * h..(first + rows) * h], logits, self.precision);
             hits += nll_and_hits(logits, &targets[first..first + rows], &mut nll[first..first + rows]);
         });
         hits
@@ -93,7 +95,7 @@ impl Head<'_> {
     pub(crate) fn logits(&self, x: &[f32]) -> Vec<f32> {
         let (normalized, _) = self.norm.forward(x);
         let mut logits = vec![0.0; x.len() / self.output.cols() * self.output.rows()];
-        self.output.forward(&normalized, &mut logits);
+        self.output.forward(&normalized, &mut logits, self.precision);
         logits
     }
 }

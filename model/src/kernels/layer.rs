@@ -3,6 +3,7 @@
 
 use super::activation::{add, swiglu};
 use super::attention::{Attention, Heads};
+use super::bf16::Precision;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::rope::{RopeTable, Turn};
@@ -70,6 +71,11 @@ impl Layer<'_> {
         Saved { attention, feed_forward, low }
     }
 
+    /// All of a layer's products have that of its projections.
+    pub(crate) fn precision(&self) -> Precision {
+        self.projections[0].precision
+    }
+
     pub(crate) fn projection(&self, p: Projection) -> &Linear<'_> {
         &self.projections[p as usize]
     }
@@ -92,7 +98,8 @@ impl Layer<'_> {
         let outputs = context.chunks_exact_mut(q_len).zip(log_sum.chunks_exact_mut(length * shape.heads));
         for (i, (context, log_sum)) in outputs.enumerate() {
             let (q, kv) = (i * q_len..(i + 1) * q_len, i * kv_len..(i + 1) * kv_len);
-            let attention = Attention { shape, q: &p.q[q], k: &p.k[kv.clone()], v: &p.v[kv], past: 0 };
+            let (k, v) = (&p.k[kv.clone()], &p.v[kv]);
+            let attention = Attention { shape, q: &p.q[q], k, v, past: 0, precision: self.precision() };
             attention.forward(context, log_sum);
         }
         (context, log_sum)

@@ -122,6 +122,7 @@ impl Layer<'_> {
                 k: &saved.k[kv.clone()],
                 v: &saved.v[kv.clone()],
                 past: 0,
+                precision: self.precision(),
             };
             let mut out =
                 AttentionGradients { dq: &mut dq[q.clone()], dk: &mut dk[kv.clone()], dv: &mut dv[kv] };

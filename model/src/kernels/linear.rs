@@ -3,6 +3,7 @@
 //! A quantized W is expanded a tile of rows at a time; it never exists as a whole in f32.
 //! LoRA (Hu et al. 2021) in PEFT's orientation: `y += scale * (x A^T) B^T`, A `[rank, in]`, B `[out, rank]`.
 
+use super::bf16::{self, Precision, Right};
 use super::matrix::{Into, View, ViewMut, product};
 use super::scratch::{Buffer, buffer};
 use super::simd::{dot, simd_fn};
@@ -38,6 +39,8 @@ pub(crate) struct LowRank<'a> {
 pub(crate) struct Linear<'a> {
     pub(crate) weight: Weight<'a>,
     pub(crate) lora: Option<LowRank<'a>>,
+    /// Of the product with the weight; LoRA's branch is always f32.
+    pub(crate) precision: Precision,
 }
 
 /// Where the gradients of one projection go; `None` is not computed.
@@ -71,12 +74,22 @@ impl<'a> Weight<'a> {
     }
 
     /// `y = x W^T`; x `[m, cols]`, y `[m, rows]`.
-    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
+    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], precision: Precision) {
         let (n, k) = (self.rows(), self.cols());
         let m = x.len() / k;
         if m <= FEW_ROWS {
             return self
                 .for_each_tile(SMALL_TILE_VALUES, |first, tile| dot_tile(x, tile, k, &mut y[first..], n));
+        }
+        if let Some(kernel) = self.kernel(precision) {
+            let left = View::new(x, m, k);
+            return bf16::product(
+                kernel,
+                ViewMut::new(y, m, n),
+                Into::Overwrite,
+                left,
+                self.right_transposed(),
+            );
         }
         self.for_each_tile(TILE_VALUES, |first, tile| {
             let rows = tile.len() / k;
@@ -86,15 +99,41 @@ impl<'a> Weight<'a> {
     }
 
     /// `dx = dy W`, or added to dx; dy `[m, rows]`, dx `[m, cols]`.
-    pub(crate) fn backward_input(&self, dy: &[f32], dx: &mut [f32], into: Into) {
+    pub(crate) fn backward_input(&self, dy: &[f32], dx: &mut [f32], into: Into, precision: Precision) {
         let (n, k) = (self.rows(), self.cols());
         let m = dy.len() / n;
+        if let Some(kernel) = self.kernel(precision).filter(|_| m > FEW_ROWS) {
+            let left = View::new(dy, m, n);
+            return bf16::product(kernel, ViewMut::new(dx, m, k), into, left, self.right());
+        }
         self.for_each_tile(TILE_VALUES, |first, tile| {
             let rows = tile.len() / k;
             let into = if first == 0 { into } else { Into::Add };
             let dy = View::strided(&dy[first..], m, rows, n);
             product(ViewMut::new(dx, m, k), into, dy, View::new(tile, rows, k), 1.0);
         });
+    }
+
+    fn right(&self) -> Right<'a> {
+        match *self {
+            Weight::Stored(w) => Right::Stored(w),
+            Weight::Trained { values, rows, cols } => Right::Values(View::new(values, rows, cols)),
+        }
+    }
+
+    fn right_transposed(&self) -> Right<'a> {
+        match *self {
+            Weight::Stored(w) => Right::StoredTransposed(w),
+            Weight::Trained { values, rows, cols } => Right::Values(View::new(values, rows, cols).t()),
+        }
+    }
+
+    /// What multiplies the weight in that precision, if not the f32 product.
+    fn kernel(&self, precision: Precision) -> Option<bf16::Kernel> {
+        precision.kernel().filter(|_| match self {
+            Weight::Stored(w) => bf16::packs(w.format()),
+            Weight::Trained { .. } => true,
+        })
     }
 
     /// Calls `f(first row, values of the rows)`: once for f32 weights, tile by tile for others.
@@ -131,7 +170,7 @@ simd_fn! {
 impl Linear<'_> {
     /// `y = x W^T + scale (x A^T) B^T`; returns `x A^T` for the backward pass.
     pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) -> Option<Buffer> {
-        self.weight.forward(x, y);
+        self.weight.forward(x, y, self.precision);
         let lora = self.lora?;
         let (n, k, r) = (self.weight.rows(), self.weight.cols(), lora.rank);
         let m = x.len() / k;
@@ -171,7 +210,7 @@ impl Linear<'_> {
             product(ViewMut::new(dw, n, k), Into::Overwrite, dy_view.t(), View::new(x, m, k), 1.0);
         }
         if let Some((dx, into)) = &mut dx {
-            self.weight.backward_input(dy, dx, *into);
+            self.weight.backward_input(dy, dx, *into, self.precision);
         }
         let (Some(lora), Some(low)) = (self.lora, low) else { return };
         let r = lora.rank;

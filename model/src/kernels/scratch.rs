@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 /// Buffers one thread keeps; a layer's forward and backward pass together use about forty.
-const KEPT_BUFFERS_MAX: usize = 96;
+const KEPT_BUFFERS_MAX: usize = 1024;
 
 /// Unused buffers of one thread.
 #[derive(Debug, Default)]

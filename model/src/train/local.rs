@@ -241,7 +241,7 @@ mod tests {
     use crate::adapter::Adapter;
     use crate::config::Projection;
     use crate::fixtures::{base, blocks, layout};
-    use crate::train::TrainerOptions;
+    use crate::train::{Precision, TrainerOptions};
 
     fn plan() -> LocalTraining {
         LocalTraining {
@@ -259,7 +259,11 @@ mod tests {
         let base = base();
         let layout = layout(&base.config, &[Projection::Q, Projection::V, Projection::Down], false);
         let values = Adapter::init(Arc::clone(&layout)).values;
-        (LoraTrainer::new(base, layout, TrainerOptions { recompute }).unwrap(), values)
+        (
+            LoraTrainer::new(base, layout, TrainerOptions { recompute, ..TrainerOptions::default() })
+                .unwrap(),
+            values,
+        )
     }
 
     fn trained(seed: u64, recompute: bool) -> (Vec<f32>, TrainSummary) {
@@ -286,6 +290,35 @@ mod tests {
         });
         assert!(others.iter().all(|values| *values == expected));
         assert_ne!(trained(2, false).0, expected);
+    }
+
+    /// Losses of 48 AdamW steps.
+    fn curve(precision: Precision) -> Vec<f32> {
+        let base = base();
+        let layout = layout(&base.config, &Projection::ALL, false);
+        let mut values = Adapter::init(Arc::clone(&layout)).values;
+        let blocks = blocks(&base.config, 8, 24);
+        let batches = blocks.chunks(4).map(|four| four.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let batches: Vec<Batch> = batches.map(|four| Batch::from_blocks(&four).unwrap()).collect();
+        let options = TrainerOptions { precision, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(base, layout, options).unwrap();
+        let mut optimizer = AdamW::new(AdamWConfig::default(), values.len());
+        let mut gradient = vec![0f32; values.len()];
+        let mut step = |step: usize| {
+            let loss = trainer.loss_and_gradient(&values, &batches[step % 2], &mut gradient).unwrap();
+            optimizer.step(&mut values, &gradient, 0.002);
+            loss
+        };
+        (0..48).map(&mut step).collect()
+    }
+
+    #[test]
+    fn bf16_products_learn_as_f32_ones_do() {
+        let (expected, found) = (curve(Precision::F32), curve(Precision::Bf16));
+        assert!(expected[47] < expected[1] - 0.2, "{expected:?}");
+        let gaps: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).collect();
+        assert!(gaps.iter().all(|gap| *gap < 0.01), "{gaps:?}");
+        assert_eq!(expected != found, Precision::Bf16.kernel().is_some());
     }
 
     #[test]

@@ -81,7 +81,7 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     targets.sort_unstable();
     let lora = LoraConfig { rank: args.rank, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
     let layout = Arc::new(AdapterLayout::new(&base.config, &lora)?);
-    let options = TrainerOptions { recompute: args.recompute };
+    let options = TrainerOptions { recompute: args.recompute, ..TrainerOptions::default() };
     let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
     let mut values = Adapter::init(layout).values;
     let blocks = ids(&base, args.sequences, args.tokens + 1);
