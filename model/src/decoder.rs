@@ -220,7 +220,7 @@ impl<'a> Decoder<'a> {
 
     /// The residual stream after the last layer for whole sequences of `length` ids.
     pub(crate) fn hidden(&self, ids: &[u32], length: usize) -> Buffer {
-        self.run(ids, |layer, _, x, y| drop(layer.forward(x, length, y)))
+        self.run(ids, |layer, _, x, y| drop(layer.forward(x, length, Some(y))))
     }
 
     /// The same for the ids that follow those in `cache`, which takes them in.
