@@ -219,7 +219,7 @@ impl<'a> Decoder<'a> {
 
     /// The residual stream after the last layer for whole sequences of `length` ids.
     pub(crate) fn hidden(&self, ids: &[u32], length: usize) -> Buffer {
-        self.run(ids, |layer, x, y| drop(layer.forward(x, length, y)))
+        self.run(ids, |layer, x, y| drop(layer.forward(x, length, Some(y))))
     }
 
     fn run(&self, ids: &[u32], apply: impl Fn(&Layer<'_>, &[f32], &mut [f32])) -> Buffer {

@@ -380,7 +380,7 @@ fn shard_loss(source: &TrainedSource, parameters: &[f32], batch: &Batch, denomin
     let mut x: Vec<f32> = rows.copied().collect();
     let mut y = vec![0f32; x.len()];
     for index in 0..layout.config.layers {
-        LayerSource::layer(source, &parameters[layout.layer(index)]).forward(&x, batch.length, &mut y);
+        LayerSource::layer(source, &parameters[layout.layer(index)]).forward(&x, batch.length, Some(&mut y));
         std::mem::swap(&mut x, &mut y);
     }
     let targets = crate::kernels::head::Targets { ids: &batch.targets, denominator };

@@ -178,7 +178,10 @@ impl Backward<Flex, 2> for LayerBackward {
     fn backward(self, ops: Ops<LayerState, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<Flex>(&ops.node).to_contiguous();
         let LayerState { x, theta, source, saved } = ops.state;
-        let saved = saved.unwrap_or_else(|| Arc::new(run_layer(&x, &theta, source.as_ref()).1));
+        let saved = saved.unwrap_or_else(|| {
+            let layer = source.layer(theta.storage::<f32>());
+            Arc::new(layer.forward(x.storage::<f32>(), length(&x), None))
+        });
         let [x_parent, theta_parent] = ops.parents;
         let mut dtheta = vec![0f32; theta.shape().num_elements()];
         let mut gradients = match theta_parent {
@@ -257,7 +260,7 @@ impl<'a> From<&'a LossTargets> for Targets<'a> {
 fn run_layer(x: &FlexTensor, theta: &FlexTensor, source: &dyn LayerSource) -> (FlexTensor, Saved) {
     let values = x.storage::<f32>();
     let mut y = vec![0f32; values.len()];
-    let saved = source.layer(theta.storage::<f32>()).forward(values, length(x), &mut y);
+    let saved = source.layer(theta.storage::<f32>()).forward(values, length(x), Some(&mut y));
     (tensor(y, dims(x)), saved)
 }
 

@@ -1,6 +1,6 @@
 //! Causal grouped-query attention of one sequence, forward and backward.
 //!
-//! Scores exist for one head and at most `TILE_ROWS` queries at a time. The backward pass rebuilds the
+//! Scores exist for one head and at most a tile of queries at a time. The backward pass rebuilds the
 //! probabilities from the saved log-sum-exp of each row (Dao et al. 2022).
 
 use super::bf16::{self, Precision, Right};
@@ -8,8 +8,8 @@ use super::matrix::{Into, View, ViewMut, product};
 use super::scratch::buffer;
 use super::simd::{dot, exp, max, simd_fn, sum};
 
-/// Queries whose scores are held at once: fewer skip more of the keys that lie ahead, and are enough to keep the
-/// bf16 kernel busy.
+/// Queries whose scores are held at once. Fewer skip more of the keys that lie ahead, and are enough to keep
+/// the bf16 kernel busy.
 const TILE_ROWS_F32: usize = 128;
 const TILE_ROWS_BF16: usize = 64;
 

@@ -1,10 +1,10 @@
 //! Matrix products of bf16 factors with f32 sums: both factors are rounded to bf16 (to nearest, ties to even)
 //! while they are packed, products are exact, sums are f32.
 //!
-//! A weight goes from its stored blocks straight into packed tiles of at most [`TILE_PAIRS_MAX`] pairs; it never
-//! exists as a whole in another form. This file blocks the product; `bf16/avx512.rs` packs and multiplies with
-//! AVX512-BF16, about twice as fast as f32 there; `bf16/portable.rs` does the same in plain Rust and is what the
-//! fast one is tested against.
+//! A weight goes from its stored blocks straight into packed tiles of at most [`TILE_PAIRS_MAX`] pairs; it
+//! never exists as a whole in another form. This file blocks the product; `bf16/avx512.rs` packs and multiplies
+//! with AVX512-BF16, about twice as fast as f32 there; `bf16/portable.rs` does the same in plain Rust and is
+//! what the fast one is tested against.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;

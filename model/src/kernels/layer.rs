@@ -60,8 +60,8 @@ struct Projected {
 }
 
 impl Layer<'_> {
-    /// x and y: `[sequences * length, hidden]`.
-    pub(crate) fn forward(&self, x: &[f32], length: usize, y: &mut [f32]) -> Saved {
+    /// x and y: `[sequences * length, hidden]`. Without a `y` only what the backward pass needs is computed.
+    pub(crate) fn forward(&self, x: &[f32], length: usize, y: Option<&mut [f32]>) -> Saved {
         let mut low = LowActivations::default();
         let p = self.project(x, length, &mut low);
         let (context, log_sum) = self.attend_sequences(&p, length);
@@ -109,7 +109,7 @@ impl Layer<'_> {
         &self,
         x: &[f32],
         context: &[f32],
-        y: &mut [f32],
+        y: Option<&mut [f32]>,
         low: &mut LowActivations,
     ) -> SavedFeedForward {
         let mut input = self.apply(Projection::O, context, low);
@@ -118,10 +118,19 @@ impl Layer<'_> {
         let gate = self.apply(Projection::Gate, &normalized, low);
         let up = self.apply(Projection::Up, &normalized, low);
         drop(normalized);
-        let mut activated = buffer(gate.len());
-        swiglu(&gate, &up, &mut activated);
-        low[Projection::Down as usize] = self.projection(Projection::Down).forward(&activated, y);
-        add(y, &input);
+        let down = self.projection(Projection::Down);
+        if y.is_some() || down.lora.is_some() {
+            let mut activated = buffer(gate.len());
+            swiglu(&gate, &up, &mut activated);
+            low[Projection::Down as usize] = match y {
+                Some(y) => {
+                    let low = down.forward(&activated, y);
+                    add(y, &input);
+                    low
+                }
+                None => down.lora.map(|lora| lora.project(&activated)),
+            };
+        }
         SavedFeedForward { input, inverse_rms, gate, up }
     }
 

@@ -167,6 +167,18 @@ simd_fn! {
     }
 }
 
+impl LowRank<'_> {
+    /// `x A^T`, `[rows of x, rank]`.
+    pub(crate) fn project(&self, x: &[f32]) -> Buffer {
+        let k = self.a.len() / self.rank;
+        let m = x.len() / k;
+        let mut low = buffer(m * self.rank);
+        let a = View::new(self.a, self.rank, k).t();
+        product(ViewMut::new(&mut low, m, self.rank), Into::Overwrite, View::new(x, m, k), a, 1.0);
+        low
+    }
+}
+
 impl Linear<'_> {
     /// `y = x W^T + scale (x A^T) B^T`; returns `x A^T` for the backward pass.
     pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) -> Option<Buffer> {
@@ -174,14 +186,7 @@ impl Linear<'_> {
         let lora = self.lora?;
         let (n, k, r) = (self.weight.rows(), self.weight.cols(), lora.rank);
         let m = x.len() / k;
-        let mut low = buffer(m * r);
-        product(
-            ViewMut::new(&mut low, m, r),
-            Into::Overwrite,
-            View::new(x, m, k),
-            View::new(lora.a, r, k).t(),
-            1.0,
-        );
+        let low = lora.project(x);
         product(
             ViewMut::new(y, m, n),
             Into::Add,

@@ -75,7 +75,7 @@ fn check_stored(format: WeightFormat, rows: usize, cols: usize, m: usize) {
 
 #[test]
 fn stored_weights_of_every_format_and_both_directions() {
-    for format in WeightFormat::ALL {
+    for format in WeightFormat::ALL.into_iter().filter(|format| packs(*format)) {
         check_stored(format, 70, 96, 13);
         check_stored(format, 1, 32, 6);
         // Several stretches and several tiles, each with a rest.
@@ -125,7 +125,7 @@ fn a_product_without_rows_columns_or_depth() {
 fn both_kernels_pack_the_same_bits() {
     let ties: Vec<f32> = (0..37 * 96).map(|i| f32::from_bits(0x3f80_8000 + (i as u32) * 0x8000)).collect();
     let part = Part { first_row: 2, rows: 31, first_col: 32, cols: 64 };
-    for format in WeightFormat::ALL {
+    for format in WeightFormat::ALL.into_iter().filter(|format| packs(*format)) {
         let weight = WeightMatrix::from_f32(&noise(37 * 96, 0.3, 3), 37, 96, format).unwrap();
         for rows in [Rows::Stored(&weight), Rows::Values { data: &ties, stride: 96 }] {
             let packed = kernels().into_iter().map(|kernel| {
