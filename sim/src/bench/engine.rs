@@ -12,7 +12,7 @@ use fleetune_model::{
     base::BaseModel,
     config::Projection,
     infer::{Engine, Sequence, Span},
-    train::{LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainerOptions, fine_tune},
+    train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -44,9 +44,30 @@ pub struct TrainArgs {
     /// Runs layers again in the backward pass instead of keeping their activations.
     #[arg(long)]
     pub recompute: bool,
+    /// Factors of the large products: f32, or bf16 where the processor multiplies it.
+    #[arg(long, value_enum, default_value_t = Factors::F32)]
+    pub precision: Factors,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Number format of the factors of products.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Factors {
+    /// Single precision.
+    F32,
+    /// bf16 with f32 sums.
+    Bf16,
+}
+
+impl From<Factors> for Precision {
+    fn from(factors: Factors) -> Self {
+        match factors {
+            Factors::F32 => Self::F32,
+            Factors::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// Reading a prompt and writing after it.
@@ -81,7 +102,7 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     targets.sort_unstable();
     let lora = LoraConfig { rank: args.rank, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
     let layout = Arc::new(AdapterLayout::new(&base.config, &lora)?);
-    let options = TrainerOptions { recompute: args.recompute, ..TrainerOptions::default() };
+    let options = TrainerOptions { recompute: args.recompute, precision: args.precision.into() };
     let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
     let mut values = Adapter::init(layout).values;
     let blocks = ids(&base, args.sequences, args.tokens + 1);
