@@ -10,6 +10,7 @@ pub(crate) mod bf16;
 pub(crate) mod cross_entropy;
 pub(crate) mod head;
 pub(crate) mod int8;
+pub(crate) mod kept;
 pub(crate) mod layer;
 pub(crate) mod layer_backward;
 pub(crate) mod linear;

@@ -4,6 +4,7 @@
 use super::activation::{add, swiglu};
 use super::attention::{Attention, Heads};
 use super::bf16::Precision;
+use super::kept::Kept;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::rope::{RopeTable, Turn};
@@ -48,8 +49,8 @@ pub(crate) struct SavedAttention {
 pub(crate) struct SavedFeedForward {
     pub(crate) input: Buffer,
     pub(crate) inverse_rms: Buffer,
-    pub(crate) gate: Buffer,
-    pub(crate) up: Buffer,
+    pub(crate) gate: Kept,
+    pub(crate) up: Kept,
 }
 
 struct Projected {
@@ -131,6 +132,7 @@ impl Layer<'_> {
                 None => down.lora.map(|lora| lora.project(&activated)),
             };
         }
+        let (gate, up) = (Kept::new(gate, self.precision()), Kept::new(up, self.precision()));
         SavedFeedForward { input, inverse_rms, gate, up }
     }
 

@@ -53,9 +53,11 @@ impl Layer<'_> {
     /// Adds the feed-forward half's gradient to `dx`, which starts as that of the residual branch.
     fn feed_forward_backward(&self, pass: LayerPass<'_>, gradients: &mut LayerGradients<'_>, dx: &mut [f32]) {
         let saved = &pass.saved.feed_forward;
-        let mut dgate = self.down_backward(pass, gradients);
+        let (gate, up) = (saved.gate.values(), saved.up.values());
+        let mut dgate = self.down_backward(pass, (&gate, &up), gradients);
         let mut dup = buffer(dgate.len());
-        swiglu_backward(&mut dgate, &saved.gate, &saved.up, &mut dup);
+        swiglu_backward(&mut dgate, &gate, &up, &mut dup);
+        drop((gate, up));
         let normalized = self.input_if_needed(
             &self.ffn_norm,
             &saved.input,
@@ -82,12 +84,17 @@ impl Layer<'_> {
         }
     }
 
-    fn down_backward(&self, pass: LayerPass<'_>, gradients: &mut LayerGradients<'_>) -> Buffer {
-        let (saved, i) = (&pass.saved.feed_forward, Projection::Down as usize);
+    fn down_backward(
+        &self,
+        pass: LayerPass<'_>,
+        (gate, up): (&[f32], &[f32]),
+        gradients: &mut LayerGradients<'_>,
+    ) -> Buffer {
+        let i = Projection::Down as usize;
         let gradients = &mut gradients.projections[i];
-        let mut activated = buffer(if gradients.need_input() { saved.gate.len() } else { 0 });
-        swiglu(&saved.gate, &saved.up, &mut activated);
-        let mut dactivated = buffer(saved.gate.len());
+        let mut activated = buffer(if gradients.need_input() { gate.len() } else { 0 });
+        swiglu(gate, up, &mut activated);
+        let mut dactivated = buffer(gate.len());
         let out = Some((&mut dactivated[..], Into::Overwrite));
         self.projections[i].backward(&activated, pass.saved.low[i].as_ref(), pass.dy, gradients, out);
         dactivated

@@ -40,9 +40,10 @@ pub(crate) fn exchange_pool(pool: Pool) -> Pool {
 }
 
 impl Pool {
-    /// The smallest kept buffer that fits without wasting more than half of itself.
+    /// The smallest kept buffer that fits without wasting more than a third of itself: halves of a layer's largest
+    /// activations must not lie in whole ones.
     fn take(&mut self, len: usize) -> Vec<f32> {
-        let fits = |v: &Vec<f32>| v.capacity() >= len && v.capacity() <= 2 * len + 1024;
+        let fits = |v: &Vec<f32>| v.capacity() >= len && v.capacity() <= len + len / 2 + 1024;
         let best = (0..self.0.len()).filter(|i| fits(&self.0[*i])).min_by_key(|i| self.0[*i].capacity());
         best.map_or_else(|| Vec::with_capacity(len), |i| self.0.swap_remove(i))
     }
