@@ -414,7 +414,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(10))]
+        #![proptest_config(ProptestConfig::with_cases(20))]
         #[test]
         fn never_above_renyi_nor_below_a_finer_grid(
             sigma in 0.5..6.0f64, q in 1e-4..0.6f64, steps in 1..2000u32, digits in 4..12i32,
@@ -423,8 +423,14 @@ mod tests {
             let epsilon = mechanism.epsilon_pld(steps, at);
             prop_assert!(epsilon <= mechanism.epsilon_rdp(steps, at).0 * (1.0 + 1e-9));
             let (bound, order) = mechanism.epsilon_rdp(steps, at);
-            let finer = mechanism.on_grid(mechanism.interval(bound, order, steps) / 2.0, steps, at).unwrap();
-            prop_assert!(finer <= epsilon * (1.0 + 1e-9) && finer >= epsilon * (1.0 - 5e-4), "{finer} for {epsilon}");
+            // Half the finer of the two grids that may have decided; where losses spread too widely for it there is
+            // nothing to compare with, and where the grid's own width decides Renyi's bound does.
+            let share = (epsilon / bound).max(1e-3);
+            let interval = mechanism.interval(bound, order, steps).min(mechanism.interval(epsilon, order / share, steps));
+            let Ok(finer) = mechanism.on_grid(interval / 2.0, steps, at) else { return Ok(()) };
+            let finer = finer.min(bound);
+            prop_assert!(finer <= epsilon * (1.0 + 1e-9), "{finer} for {epsilon}");
+            prop_assert!(epsilon < 0.01 || finer >= epsilon * (1.0 - 5e-4), "{finer} for {epsilon}");
         }
     }
 }
