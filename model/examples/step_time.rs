@@ -1,8 +1,8 @@
 //! Times training steps: `step_time product`, `step_time full HIDDEN LAYERS HEADS KV_HEADS FEED_FORWARD VOCAB
 //! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [--recompute]
-//! [--precision f32|bf16]`, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step on
-//! blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads and compare better than wall time on a busy
-//! machine; `product` gives the rate of the matrix product alone on the same machine.
+//! [--precision f32|bf16]`, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step
+//! on blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads
+//! and compare better than wall time on a busy machine; `product` gives the rate of the matrix product alone on the same machine.
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,

@@ -1,7 +1,7 @@
 //! `fleetune-sim chat`: a conversation with a model on the terminal or through a pipe. A line is a message;
 //! answers appear as they are made. Answers go to standard output, all else to standard error.
 
-use crate::tools::{ModelArgs, open, sequence};
+use crate::tools::{ChoiceArgs, ModelArgs, open, sequence};
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
     chat::{ChatTemplate, Message, Role},
@@ -14,6 +14,9 @@ use std::{
     sync::Arc,
 };
 
+/// Temperature where none is given.
+const TEMPERATURE: f32 = 0.2;
+
 /// Talks with a model that has a chat template.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ChatArgs {
@@ -22,21 +25,8 @@ pub struct ChatArgs {
     /// Says how to answer; without it, what the model's template says.
     #[arg(long)]
     system: Option<String>,
-    /// 0 takes the likeliest token each time.
-    #[arg(long, default_value_t = 0.2)]
-    temperature: f32,
-    /// Choose among this many likeliest tokens; 0: all.
-    #[arg(long, default_value_t = 40)]
-    top_k: usize,
-    /// Of these, the likeliest that together have this share of the probability.
-    #[arg(long, default_value_t = 0.95)]
-    top_p: f32,
-    /// Of these, those with this share of the likeliest token's probability; 0: all.
-    #[arg(long, default_value_t = 0.0)]
-    min_p: f32,
-    /// Seed of the choices.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    choice: ChoiceArgs,
     /// Most tokens of an answer.
     #[arg(long, default_value_t = 512)]
     max_tokens: usize,
@@ -71,10 +61,9 @@ struct Chat {
 
 impl Chat {
     fn open(args: &ChatArgs) -> Result<Self> {
-        let ChatArgs { temperature, top_k, top_p, min_p, seed, max_tokens, .. } = *args;
-        let sampling = Sampling { temperature, top_k, top_p, min_p, seed, max_tokens };
+        let sampling = args.choice.sampling(TEMPERATURE, args.max_tokens);
         sampling.check()?;
-        ensure!(max_tokens > 0, "--max-tokens: at least 1");
+        ensure!(args.max_tokens > 0, "--max-tokens: at least 1");
         ensure!(args.stop.iter().all(|stop| !stop.is_empty()), "--stop: a text that is not empty");
         let (base, adapter) = open(&args.model)?;
         let name = args.model.model.display();

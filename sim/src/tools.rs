@@ -67,21 +67,43 @@ pub struct GenerateArgs {
     /// Most tokens to add.
     #[arg(long, default_value_t = 64)]
     max_tokens: usize,
-    /// 0 takes the likeliest token each time.
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f32,
+    #[command(flatten)]
+    choice: ChoiceArgs,
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ChoiceArgs {
+    /// 0 takes the likeliest token each time, as `generate` does if not told; `chat` takes 0.2 then.
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
     /// Choose among this many likeliest tokens; 0: all.
     #[arg(long, default_value_t = 40)]
-    top_k: usize,
-    /// Choose among the likeliest tokens that together have this probability.
+    pub(crate) top_k: usize,
+    /// Of these, the likeliest that together have this share of the probability.
     #[arg(long, default_value_t = 0.95)]
-    top_p: f32,
-    /// Of these, choose among those with this share of the likeliest token's probability; 0: all.
+    pub(crate) top_p: f32,
+    /// Of these, those with this share of the likeliest token's probability; 0: all.
     #[arg(long, default_value_t = 0.0)]
-    min_p: f32,
-    /// Seed of the choice.
+    pub(crate) min_p: f32,
+    /// Seed of the choices.
     #[arg(long, default_value_t = 0)]
-    seed: u64,
+    pub(crate) seed: u64,
+}
+
+impl ChoiceArgs {
+    /// The same for a text of so many tokens at most.
+    pub(crate) fn sampling(&self, temperature: f32, max_tokens: usize) -> Sampling {
+        let Self { top_k, top_p, min_p, seed, .. } = *self;
+        Sampling {
+            temperature: self.temperature.unwrap_or(temperature),
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            max_tokens,
+        }
+    }
 }
 
 /// Writes an adapter in another format.
@@ -164,8 +186,7 @@ pub fn generate_text(args: &GenerateArgs) -> Result<()> {
     let (base, adapter) = open(&args.model)?;
     let prompt = base.tokenizer.encode(&args.prompt, false);
     ensure!(!prompt.is_empty(), "--prompt: at least one token");
-    let GenerateArgs { max_tokens, temperature, top_k, top_p, min_p, seed, .. } = *args;
-    let sampling = Sampling { temperature, top_k, top_p, min_p, seed, max_tokens };
+    let sampling = args.choice.sampling(0.0, args.max_tokens);
     let engine = Engine::new(Arc::new(base));
     let mut sequence = sequence(&engine, adapter.as_ref())?;
     let go_on = &mut |_| ControlFlow::Continue(());

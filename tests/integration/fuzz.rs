@@ -1,6 +1,6 @@
 //! Every decoder of secure aggregation, of the signed documents and of model and adapter files, fed what nobody
-//! should send. Each target replays its corpus (`tests/fuzz/corpus/<target>/`) and then mutants of it; none may panic, and what decodes
-//! must decode to the same again once it is encoded.
+//! should send. Each target replays its corpus (`tests/fuzz/corpus/<target>/`) and then mutants of it; none may
+//! panic, and what decodes must decode to the same again once it is encoded.
 //!
 //! `FLEETUNE_FUZZ_EXECUTIONS` sets the mutants a target (2,000 if not given) and `FLEETUNE_FUZZ_TARGET` the one
 //! target to run (all if not given); `FLEETUNE_UPDATE_GOLDEN=1` writes the corpus anew. A failure names the target

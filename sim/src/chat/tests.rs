@@ -18,11 +18,7 @@ fn args(folder: &Path, template: Option<&str>) -> ChatArgs {
     ChatArgs {
         model: ModelArgs { model: path, adapter: None },
         system: None,
-        temperature: 0.8,
-        top_k: 40,
-        top_p: 0.95,
-        min_p: 0.05,
-        seed: 3,
+        choice: ChoiceArgs { temperature: Some(0.8), top_k: 40, top_p: 0.95, min_p: 0.05, seed: 3 },
         max_tokens: 12,
         stop: Vec::new(),
         once: None,
@@ -53,7 +49,7 @@ fn lines_are_answered_and_remembered() {
     assert_eq!(out, format!("{}\n{}\n", said[1], said[3]));
     assert!(notes.lines().all(|line| line == "cut after 12 tokens"), "{notes}");
     assert_eq!(converse(&mut chat(|_| {}), "My lord?\n\nWho is there?").0, out);
-    assert_ne!(converse(&mut chat(|args| args.seed = 4), "My lord?\n\nWho is there?").0, out);
+    assert_ne!(converse(&mut chat(|args| args.choice.seed = 4), "My lord?\n\nWho is there?").0, out);
     let mut once = Vec::new();
     chat(|_| {}).exchange("My lord?", &mut once, &mut Vec::new()).expect("an answer");
     assert_eq!(once, format!("{}\n", said[1]).into_bytes());
@@ -140,9 +136,9 @@ fn flags_that_make_no_sense_are_refused() {
         let error = format!("{:#}", Chat::open(&args).err().expect("a refusal"));
         assert!(error.contains(expected), "{error}");
     };
-    check("temperature", Some(TEMPLATE), |args| args.temperature = f32::NAN);
-    check("top-p", Some(TEMPLATE), |args| args.top_p = 0.0);
-    check("min-p", Some(TEMPLATE), |args| args.min_p = 1.0);
+    check("temperature", Some(TEMPLATE), |args| args.choice.temperature = Some(f32::NAN));
+    check("top-p", Some(TEMPLATE), |args| args.choice.top_p = 0.0);
+    check("min-p", Some(TEMPLATE), |args| args.choice.min_p = 1.0);
     check("--max-tokens", Some(TEMPLATE), |args| args.max_tokens = 0);
     check("--stop", Some(TEMPLATE), |args| args.stop = vec![String::new()]);
     check("no chat template", None, |_| {});
