@@ -23,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
 /// Points of central training's curve.
-const CURVE_POINTS: u32 = 6;
+const CURVE_POINTS: u32 = 8;
 
 /// Scores of a model on both groups.
 #[derive(Debug, Clone, Copy)]
