@@ -246,6 +246,19 @@ impl WeightMatrix {
         dequantize::dequantize(self.format, &bytes[first_row * row..][..rows * row], dst);
     }
 
+    /// Expands part of a row from column `first_col` into all of `dst`; both ends lie between blocks.
+    pub(crate) fn dequantize_span(&self, row: usize, first_col: usize, dst: &mut [f32]) {
+        assert!(row < self.rows && first_col + dst.len() <= self.cols, "columns of row {row}");
+        if let Some(values) = self.as_f32() {
+            return dst.copy_from_slice(&values[row * self.cols + first_col..][..dst.len()]);
+        }
+        let (block, bytes_each) = self.format.block();
+        assert!(first_col.is_multiple_of(block) && dst.len().is_multiple_of(block), "whole blocks");
+        let first = (row * self.cols + first_col) / block * bytes_each;
+        let bytes = &self.as_bytes()[first..][..dst.len() / block * bytes_each];
+        dequantize::dequantize(self.format, bytes, dst);
+    }
+
     /// Gives back the memory of a weight that lies in a mapped file, until it is read again.
     pub(crate) fn release(&self) {
         match &self.storage {
