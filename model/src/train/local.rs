@@ -4,7 +4,9 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::{LoraTrainer, TrainError};
+use super::budget::Fit;
+use super::pace::Pace;
+use super::{TrainError, Trainer, Watch};
 use crate::batch::{Batch, InputError};
 use crate::optim::{AdamW, AdamWConfig, Sgd, clip_gradient_norm};
 
@@ -88,42 +90,66 @@ pub struct TrainSummary {
     pub last_loss: f32,
     /// Predictions trained on.
     pub tokens: u64,
-    /// Steps done.
+    /// Steps done: the plan's, or fewer where a time budget allows it.
     pub steps: u32,
+    /// How batches were computed; blocks were cut shorter than the plan's where this says so.
+    pub fit: Fit,
 }
 
-/// Trains `values` in place on the blocks; `should_stop` is asked before every step.
+/// Trains `values` in place on the blocks, within the trainer's budgets; `watch` is asked whether to stop before
+/// every step, and within it by trainers that can.
 ///
 /// # Errors
-/// Those of [`TrainError`]; after one that names a step, `values` are as after the last whole step.
+/// Those of [`TrainError`]; whichever it is, `values` are as after the last whole step.
 pub fn fine_tune(
-    trainer: &mut LoraTrainer,
+    trainer: &mut dyn Trainer,
     values: &mut [f32],
     blocks: &[Vec<u32>],
     plan: &LocalTraining,
     seed: u64,
-    should_stop: &mut dyn FnMut() -> bool,
+    watch: &mut dyn Watch,
 ) -> Result<TrainSummary, TrainError> {
     plan.check(blocks)?;
+    let fit = trainer.prepare(plan)?;
+    let mut pace = Pace::new(watch, trainer.time_budget(), plan.steps)?;
+    if trainer.time_budget().is_some() {
+        let step_seconds = trainer.probe(plan, &mut pace);
+        pace.foresee(step_seconds)?;
+    }
     let mut order = BatchOrder::new(blocks.len(), seed);
     let mut optimizer = Optimizer::new(plan.optimizer, values.len());
     let mut gradient = vec![0f32; values.len()];
     let mut losses = Losses::default();
     for step in 0..plan.steps {
-        if should_stop() {
-            return Err(TrainError::Cancelled { step });
+        if !pace.may_step()? {
+            break;
         }
-        let chosen: Vec<&[u32]> = order.take(plan.batch_size).map(|i| blocks[i].as_slice()).collect();
-        let batch = Batch::from_blocks(&chosen)?;
-        let loss = trainer.loss_and_gradient(values, &batch, &mut gradient)?;
+        let chosen = order.take(plan.batch_size).map(|i| blocks[i].as_slice());
+        let pieces: Vec<&[u32]> = chosen.flat_map(|block| cut(block, fit.block_tokens)).collect();
+        let batch = Batch::from_blocks(&pieces)?;
+        let loss = match trainer.watched_loss_and_gradient(values, &batch, &mut gradient, &mut pace) {
+            Err(TrainError::Cancelled { .. }) => {
+                pace.given_up()?;
+                break;
+            }
+            found => found?,
+        };
         let norm = clip_gradient_norm(&mut gradient, plan.gradient_clip.unwrap_or(f32::INFINITY));
         if !(loss.is_finite() && norm.is_finite()) {
             return Err(TrainError::NonFinite { step });
         }
         optimizer.step(values, &gradient, plan.learning_rate * plan.schedule.factor(step, plan.steps));
         losses.push(loss, batch.predicted());
+        pace.stepped();
     }
-    Ok(losses.summary())
+    Ok(losses.summary(fit))
+}
+
+/// The block in pieces of at most `tokens` predictions; each id but the first is predicted once.
+fn cut(block: &[u32], tokens: usize) -> impl Iterator<Item = &[u32]> {
+    let predictions = block.len().saturating_sub(1);
+    let last = move |first: usize| first.saturating_add(tokens).saturating_add(1).min(block.len());
+    (0..predictions.max(1)).step_by(tokens).map(move |first| &block[first..last(first)])
 }
 
 impl LocalTraining {
@@ -221,7 +247,7 @@ impl Losses {
         self.tokens += tokens as u64;
     }
 
-    fn summary(&self) -> TrainSummary {
+    fn summary(&self, fit: Fit) -> TrainSummary {
         let sum: f64 = self.all.iter().map(|x| f64::from(*x)).sum();
         TrainSummary {
             first_loss: self.all.first().copied().unwrap_or(f32::NAN),
@@ -229,6 +255,7 @@ impl Losses {
             last_loss: self.all.last().copied().unwrap_or(f32::NAN),
             tokens: self.tokens,
             steps: self.all.len() as u32,
+            fit,
         }
     }
 }
