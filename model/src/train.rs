@@ -4,6 +4,7 @@
 //! One trainer uses one thread. The batches, and so the result, follow from the seed alone.
 
 mod local;
+mod source;
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::ops::{self, HeadSource, LayerSource, LossTargets};
 
 pub use crate::kernels::bf16::Precision;
 pub use local::{LocalTraining, OptimizerConfig, Schedule, TrainSummary, fine_tune};
+pub use source::GradientSource;
 
 /// Training that could not start or go on.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -50,6 +52,12 @@ pub enum TrainError {
     Cancelled {
         /// Whole steps done.
         step: u32,
+    },
+    /// The device that computes failed; the values are those before the step.
+    #[error("device: {reason}")]
+    Device {
+        /// What its driver says.
+        reason: String,
     },
 }
 
