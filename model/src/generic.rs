@@ -23,7 +23,7 @@ use crate::batch::{Batch, InputError};
 use crate::config::{ModelConfig, Projection};
 use crate::decoder::{check_shapes, embed};
 use crate::stock::{LayerFactors, LowRank, Positions, StockModel, tensor};
-use crate::train::{GradientSource, TrainError, check_len};
+use crate::train::{TrainError, Trainer, check_len};
 
 pub use device::flex;
 #[cfg(feature = "wgpu")]
@@ -286,7 +286,7 @@ impl GenericTrainer {
     }
 }
 
-impl GradientSource for GenericTrainer {
+impl Trainer for GenericTrainer {
     fn loss_and_gradient(
         &mut self,
         values: &[f32],

@@ -4,7 +4,6 @@
 //! One trainer uses one thread. The batches, and so the result, follow from the seed alone.
 
 mod local;
-mod source;
 
 use std::sync::Arc;
 
@@ -20,7 +19,6 @@ use crate::ops::{self, HeadSource, LayerSource, LossTargets};
 
 pub use crate::kernels::bf16::Precision;
 pub use local::{LocalTraining, OptimizerConfig, Schedule, TrainSummary, fine_tune};
-pub use source::GradientSource;
 
 /// Training that could not start or go on.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -71,6 +69,20 @@ pub struct TrainerOptions {
     /// are f32. [`Precision::Bf16`] takes about half the time where AVX512-BF16 is, and is the same bits as
     /// [`Precision::F32`] elsewhere: runs that must repeat bit for bit on any machine stay with F32.
     pub precision: Precision,
+}
+
+/// What the local training loop needs of a model: the gradient of a batch's loss by one flat vector of values.
+pub trait Trainer: std::fmt::Debug {
+    /// Mean negative log-likelihood (nats) of the batch's targets; overwrites `gradient` with its gradient.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] if the batch or a slice does not fit the model or its layout.
+    fn loss_and_gradient(
+        &mut self,
+        values: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError>;
 }
 
 /// Computes losses and gradients of an adapter over a frozen base.
@@ -187,6 +199,17 @@ impl LoraTrainer {
         }
         let targets = LossTargets { ids: batch.targets.clone(), denominator: batch.predicted() as f32 };
         ops::head_loss(x, leaf(&[0.0], &self.device), &self.head, targets)
+    }
+}
+
+impl Trainer for LoraTrainer {
+    fn loss_and_gradient(
+        &mut self,
+        values: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError> {
+        Self::loss_and_gradient(self, values, batch, gradient)
     }
 }
 

@@ -17,7 +17,7 @@ fn trainer(base: &Arc<BaseModel>, layout: &Arc<AdapterLayout>, device: &Device) 
 }
 
 /// Values and last loss after ten AdamW steps.
-fn trained(trainer: &mut dyn GradientSource, config: &ModelConfig, start: &Adapter) -> (Vec<f32>, f32) {
+fn trained(trainer: &mut dyn Trainer, config: &ModelConfig, start: &Adapter) -> (Vec<f32>, f32) {
     let plan = LocalTraining {
         steps: 10,
         batch_size: 2,

@@ -8,7 +8,7 @@ use crate::batch::Batch;
 use crate::fixtures::{adapter, base_of, blocks, config, layout, noise, parameters};
 use crate::full::FullTrainer;
 use crate::generic::{self, GenericOptions, GenericTrainer};
-use crate::train::{GradientSource, LoraTrainer, TrainerOptions};
+use crate::train::{LoraTrainer, Trainer, TrainerOptions};
 use crate::weights::WeightFormat;
 
 /// Largest relative error (Euclidean) between our gradients and the oracle's.
@@ -97,7 +97,7 @@ fn check_lora(case: &LoraCase) {
     let mut generic = generic(&base, &layout, case.recompute);
     let losses =
         [native.loss(&adapter.values, &batch).unwrap(), generic.loss(&adapter.values, &batch).unwrap()];
-    let trainers: [&mut dyn GradientSource; 2] = [&mut native, &mut generic];
+    let trainers: [&mut dyn Trainer; 2] = [&mut native, &mut generic];
     for (trainer, alone) in trainers.into_iter().zip(losses) {
         let mut gradient = vec![f32::NAN; expected.len()];
         let loss = trainer.loss_and_gradient(&adapter.values, &batch, &mut gradient).unwrap();

@@ -4,7 +4,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::{GradientSource, TrainError};
+use super::{TrainError, Trainer};
 use crate::batch::{Batch, InputError};
 use crate::optim::{AdamW, AdamWConfig, Sgd, clip_gradient_norm};
 
@@ -97,7 +97,7 @@ pub struct TrainSummary {
 /// # Errors
 /// Those of [`TrainError`]; after one that names a step, `values` are as after the last whole step.
 pub fn fine_tune(
-    trainer: &mut dyn GradientSource,
+    trainer: &mut dyn Trainer,
     values: &mut [f32],
     blocks: &[Vec<u32>],
     plan: &LocalTraining,

@@ -13,10 +13,7 @@ use fleetune_model::{
     config::Projection,
     generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
-    train::{
-        GradientSource, LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions,
-        fine_tune,
-    },
+    train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -151,7 +148,7 @@ fn trainer(
     args: &TrainArgs,
     base: &Arc<BaseModel>,
     layout: &Arc<AdapterLayout>,
-) -> Result<Box<dyn GradientSource>> {
+) -> Result<Box<dyn Trainer>> {
     let (base, layout) = (Arc::clone(base), Arc::clone(layout));
     let device = match engine {
         TrainEngine::Native => {
@@ -174,7 +171,7 @@ struct Step {
 }
 
 fn timed(
-    trainer: &mut dyn GradientSource,
+    trainer: &mut dyn Trainer,
     args: &TrainArgs,
     mut values: Vec<f32>,
     blocks: &[Vec<u32>],
