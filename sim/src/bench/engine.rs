@@ -13,7 +13,9 @@ use fleetune_model::{
     config::Projection,
     generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
-    train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
+    train::{
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, Trainer, TrainerOptions, fine_tune,
+    },
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
