@@ -103,7 +103,9 @@ impl LocalTrainer {
             TrainError::Cancelled { .. } => TrainingFailure::Interrupted(error.to_string()),
             TrainError::NoData => TrainingFailure::InsufficientData { held: 0, needed: self.examples_min },
             TrainError::Plan { .. } => rejected(error),
-            TrainError::Input(_) | TrainError::NonFinite { .. } => TrainingFailure::Failed(error.to_string()),
+            TrainError::Input(_) | TrainError::NonFinite { .. } | TrainError::Device { .. } => {
+                TrainingFailure::Failed(error.to_string())
+            }
         }
     }
 }

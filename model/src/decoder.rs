@@ -123,7 +123,8 @@ impl<'a> Rest<'a> {
     }
 }
 
-fn check_shapes(layout: &AdapterLayout, model: &ModelConfig) -> Result<(), InputError> {
+/// Refuses a layout for a model of another shape.
+pub(crate) fn check_shapes(layout: &AdapterLayout, model: &ModelConfig) -> Result<(), InputError> {
     let rank = layout.config().rank;
     let fits = |layer: usize, projection: Projection, factor, rows, cols| {
         let (out, inputs) = projection.shape(model);

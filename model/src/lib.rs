@@ -35,13 +35,13 @@ mod decoder;
 pub mod eval;
 pub mod full;
 pub mod generate;
+pub mod generic;
 pub mod infer;
 pub mod optim;
+mod stock;
 pub mod train;
 
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
 mod reference;
-#[cfg(test)]
-mod stock;

@@ -85,6 +85,12 @@ pub enum TrainError {
         /// Whole steps done.
         step: u32,
     },
+    /// The device that computes failed; the values are those before the step.
+    #[error("device: {reason}")]
+    Device {
+        /// What its driver says.
+        reason: String,
+    },
 }
 
 /// How a trainer computes, and within which bounds: the device's choice, not the plan's.

@@ -1,5 +1,5 @@
 //! The local training loop: which blocks make a batch, which rule makes a step, and when to stop.
-//! Gradients come from the trainer in `train.rs`.
+//! Gradients come from a trainer (`train.rs`, `generic.rs`).
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -268,7 +268,7 @@ mod tests {
     use crate::adapter::Adapter;
     use crate::config::Projection;
     use crate::fixtures::{base, blocks, layout};
-    use crate::train::{Precision, TrainerOptions};
+    use crate::train::{LoraTrainer, Precision, TrainerOptions};
 
     fn plan() -> LocalTraining {
         LocalTraining {
