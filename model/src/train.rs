@@ -12,8 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use crate::adapter::AdapterLayout;
 use crate::base::BaseModel;
 use crate::batch::{Batch, InputError};
-use crate::decoder::{AdaptedLayer, FrozenHead, LoraPlan, embed, rope_table};
-use crate::kernels::rope::RopeTable;
+use crate::decoder::{AdaptedLayer, FrozenHead, LoraPlan, embed, rope_tables};
 use crate::kernels::scratch;
 use crate::ops::{self, HeadSource, LayerSource, LossTargets};
 
@@ -149,12 +148,12 @@ impl LoraTrainer {
     }
 
     fn grow(&mut self, positions: usize) {
-        let rope: Arc<RopeTable> = Arc::new(rope_table(&self.base.config, positions));
-        let layer = |index| -> Arc<dyn LayerSource> {
+        let ropes = rope_tables(&self.base.config, 0, positions);
+        let layer = |index: usize| -> Arc<dyn LayerSource> {
             Arc::new(AdaptedLayer {
                 base: Arc::clone(&self.base),
                 plan: Arc::clone(&self.plan),
-                rope: Arc::clone(&rope),
+                rope: Arc::clone(&ropes[index]),
                 index,
                 recompute: self.options.recompute,
                 precision: self.options.precision,
