@@ -259,3 +259,8 @@ impl Extra {
         }
     }
 }
+
+#[cfg(test)]
+mod file_tests;
+#[cfg(test)]
+mod tests;
