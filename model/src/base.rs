@@ -40,7 +40,10 @@ impl LayerExtras {
 
     /// Those vectors, if the layer has all of them.
     pub(crate) fn all<const N: usize>(&self, extras: [Extra; N]) -> Option<[&[f32]; N]> {
-        extras.iter().all(|extra| self.get(*extra).is_some()).then(|| extras.map(|extra| &*self.0[extra as usize]))
+        extras
+            .iter()
+            .all(|extra| self.get(*extra).is_some())
+            .then(|| extras.map(|extra| &*self.0[extra as usize]))
     }
 
     /// What `read` gives for the vectors that the model has in each layer: their names' place and their length.

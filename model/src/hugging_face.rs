@@ -329,7 +329,11 @@ mod tests {
         ];
         for (index, layer) in parts.layers.iter().enumerate() {
             tensors.push(TensorBytes::f32(&layer_tensor(index, ATTN_NORM), &[hidden], &layer.attn_norm));
-            tensors.push(TensorBytes::f32(&layer_tensor(index, ffn_norm(&parts.config)), &[hidden], &layer.ffn_norm));
+            tensors.push(TensorBytes::f32(
+                &layer_tensor(index, ffn_norm(&parts.config)),
+                &[hidden],
+                &layer.ffn_norm,
+            ));
             tensors.extend(Projection::ALL.map(|projection| {
                 let name = layer_tensor(index, projection.hugging_face_name());
                 matrix(&name, layer.projection(projection), projection.reordered_heads(&parts.config))

@@ -169,7 +169,9 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).collect();
         let bytes = match &self.vocabulary().method {
-            Method::SentencePiece { add_space_prefix: true, .. } => bytes.strip_prefix(b" ").unwrap_or(&bytes),
+            Method::SentencePiece { add_space_prefix: true, .. } => {
+                bytes.strip_prefix(b" ").unwrap_or(&bytes)
+            }
             Method::SentencePiece { .. } | Method::SmolLm | Method::Qwen2 => &bytes,
         };
         String::from_utf8_lossy(bytes).into_owned()
@@ -233,7 +235,8 @@ impl Tokenizer {
         let Inner { vocabulary, whole, .. } = &*self.inner;
         text.bytes().enumerate().find_map(|(at, byte)| {
             let found = whole[usize::from(byte)].iter().find(|(token, id)| {
-                is_meant(vocabulary.kinds[*id as usize]) && text.as_bytes()[at..].starts_with(token.as_bytes())
+                is_meant(vocabulary.kinds[*id as usize])
+                    && text.as_bytes()[at..].starts_with(token.as_bytes())
             })?;
             Some((at, found.0.as_str(), found.1))
         })
@@ -359,7 +362,8 @@ fn word_cutter() -> Sequence {
 /// [`Method::Qwen2`].
 fn qwen2_cutter() -> Sequence {
     let pattern = SplitPattern::Regex(QWEN2_PATTERN.to_owned());
-    let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).expect("a fixed pattern is well formed");
+    let split =
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).expect("a fixed pattern is well formed");
     Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()])
 }
 

@@ -29,7 +29,11 @@ fn what_is_written_is_what_was_read() {
         for (found, expected) in back.layers.iter().zip(&base.layers) {
             assert_eq!(found.extras, expected.extras, "{family}");
         }
-        assert_eq!(token_nlls(&back, None, &ids).unwrap(), token_nlls(&base, None, &ids).unwrap(), "{family}");
+        assert_eq!(
+            token_nlls(&back, None, &ids).unwrap(),
+            token_nlls(&base, None, &ids).unwrap(),
+            "{family}"
+        );
     }
 }
 
@@ -205,7 +209,10 @@ fn vectors_that_do_not_fit_are_refused() {
         change(&mut spoilt.layers[1].extras.0[extra as usize]);
         let bytes = spoilt.to_gguf_bytes(&Metadata::default());
         let error = BaseModel::from_gguf_bytes(bytes).unwrap_err().to_string();
-        assert!(error.contains(expected) && error.contains(extra.gguf_name()), "{family}, {extra:?}: {error}");
+        assert!(
+            error.contains(expected) && error.contains(extra.gguf_name()),
+            "{family}, {extra:?}: {error}"
+        );
         let parts = ModelParts {
             config: spoilt.config,
             tokenizer: spoilt.tokenizer,
@@ -272,7 +279,8 @@ fn check_samples(what: &str, tokenizer: &Tokenizer, samples: &[Sample]) {
         }
         if hf.is_none() {
             assert_eq!(&spelt, ordinary.as_ref().unwrap_or(ids), "{what}: {text:?}");
-            assert_eq!(&tokenizer.decode(&spelt), text, "{what}");
+            let written = if is_pieces { text.replace('\u{2581}', " ") } else { text.clone() };
+            assert_eq!(tokenizer.decode(&spelt), written, "{what}");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::thread;
 
 use sha2::{Digest, Sha256};
 
-use super::family::{check_architecture, refuse_other_computations, read_family, unsupported, write_family};
+use super::family::{check_architecture, read_family, refuse_other_computations, unsupported, write_family};
 use super::{Gguf, Metadata, TensorEntry};
 use crate::base::{BaseModel, LayerExtras, LayerWeights, check_vocabulary};
 use crate::bytes::SharedBytes;

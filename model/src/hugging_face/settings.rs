@@ -97,8 +97,10 @@ enum TokenIds {
 
 impl Settings {
     pub(super) fn model_config(&self, folder: &Path) -> Result<ModelConfig, ModelError> {
-        let is_gemma = self.model_type == "gemma3_text";
-        self.refuse_other_computations(is_gemma)?;
+        if !["llama", "qwen2", "qwen3", "gemma3_text"].contains(&self.model_type.as_str()) {
+            return Err(ModelError::UnknownArchitecture { found: self.model_type.clone() });
+        }
+        self.refuse_other_computations(self.model_type == "gemma3_text")?;
         let split = || self.hidden_size.checked_div(self.num_attention_heads).unwrap_or_default();
         let (family, head_dim, rope_base) = match self.model_type.as_str() {
             "llama" => (Family::Llama, split(), self.rope_base()?),
@@ -210,14 +212,16 @@ impl Settings {
         };
         let period = types.iter().position(|kind| kind == GLOBAL).unwrap_or(types.len()) + 1;
         let kind = |layer: usize| if (layer + 1).is_multiple_of(period) { GLOBAL } else { LOCAL };
-        if types.len() == self.num_hidden_layers && (0..types.len()).all(|layer| types[layer] == kind(layer)) {
+        if types.len() == self.num_hidden_layers && (0..types.len()).all(|layer| types[layer] == kind(layer))
+        {
             return Ok(period);
         }
         Err(unsupported("layer_types", &json!(types), "only one global layer in every so many is supported"))
     }
 
     fn refuse_other_computations(&self, is_gemma: bool) -> Result<(), ModelError> {
-        let off = |key: &&str| !matches!(self.others.get(*key), None | Some(Value::Null | Value::Bool(false)));
+        let off =
+            |key: &&str| !matches!(self.others.get(*key), None | Some(Value::Null | Value::Bool(false)));
         if let Some(key) = OFF.into_iter().find(off) {
             return Err(unsupported(key, &self.others[key], "only null or false is supported"));
         }
@@ -234,7 +238,11 @@ impl Settings {
         }
         let all_global = self.layer_types.iter().flatten().all(|kind| kind == GLOBAL);
         if !is_gemma && !all_global {
-            return Err(unsupported("layer_types", &json!(self.layer_types), "only full_attention is supported"));
+            return Err(unsupported(
+                "layer_types",
+                &json!(self.layer_types),
+                "only full_attention is supported",
+            ));
         }
         Ok(())
     }

@@ -92,7 +92,9 @@ mod tests {
     /// The definition with tanh, and its slope by differences, in f64.
     #[test]
     fn gelu_is_that_of_the_definition() {
-        let gelu = |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
+        let gelu = |x: f64| {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
+        };
         let gates: Vec<f32> = (-400..=400).map(|i| i as f32 / 25.0).chain([-1e4, 1e4]).collect();
         let ups: Vec<f32> = (0..gates.len()).map(|i| 1.5 - (i % 7) as f32).collect();
         let mut out = vec![0.0; gates.len()];
@@ -102,11 +104,18 @@ mod tests {
         for (i, (gate, up)) in gates.iter().zip(&ups).enumerate() {
             let (x, up) = (f64::from(*gate), f64::from(*up));
             let close = |found: f32, expected: f64| {
-                assert!((f64::from(found) - expected).abs() < 2e-6 * (1.0 + expected.abs()), "{x}: {found}, {expected}");
+                assert!(
+                    (f64::from(found) - expected).abs() < 2e-6 * (1.0 + expected.abs()),
+                    "{x}: {found}, {expected}"
+                );
             };
             close(out[i], gelu(x) * up);
             close(dup[i], 2.0 * gelu(x));
-            let slope = if x.abs() > 100.0 { f64::from(u8::from(x > 0.0)) } else { (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5 };
+            let slope = if x.abs() > 100.0 {
+                f64::from(u8::from(x > 0.0))
+            } else {
+                (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5
+            };
             close(da[i], 2.0 * up * slope);
         }
     }

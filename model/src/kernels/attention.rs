@@ -143,8 +143,7 @@ impl Attention<'_> {
             out.dv.fill(0.0);
         }
         for head in 0..self.shape.heads {
-            let mut first_of_group =
-                !windowed && head % (self.shape.heads / self.shape.kv_heads) == 0;
+            let mut first_of_group = !windowed && head % (self.shape.heads / self.shape.kv_heads) == 0;
             // Without a window the last tile reaches every key, so it alone overwrites dk and dv.
             for first in (0..rows).step_by(self.tile_rows()).rev() {
                 let (n, seen) = self.tile(first);
@@ -180,7 +179,12 @@ impl Attention<'_> {
         self.product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t());
         causal_probabilities(p, Mask { keys, first: t.first - from, window: s.window }, scale, lse);
         self.product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t());
-        self.product(s.view_mut(out.dv, s.kv_width(), kv, from, keys), t.into, View::new(p, n, keys).t(), dctx);
+        self.product(
+            s.view_mut(out.dv, s.kv_width(), kv, from, keys),
+            t.into,
+            View::new(p, n, keys).t(),
+            dctx,
+        );
         softmax_backward(p, dp, keys, scale);
         self.product(
             s.view_mut(out.dq, s.q_width(), t.head, t.first, n),

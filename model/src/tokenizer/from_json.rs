@@ -97,7 +97,9 @@ impl File {
     fn form(&self) -> Result<Form, String> {
         let form = match (&self.normalizer, &self.pre_tokenizer) {
             (None, Some(words)) if is_smollm(words) => Form::SmolLm,
-            (Some(normalizer), Some(words)) if has(normalizer, &json!({"type": "NFC"})) && is_qwen2(words) => {
+            (Some(normalizer), Some(words))
+                if has(normalizer, &json!({"type": "NFC"})) && is_qwen2(words) =>
+            {
                 Form::Qwen2
             }
             (Some(normalizer), words) if words.as_ref().is_none_or(splits_spaces) => {
@@ -217,9 +219,7 @@ const FORMS: &str = "normalizer and pre_tokenizer must be null and digits, then 
                      pattern, then byte level; or spaces written as U+2581 and nothing (as Gemma)";
 
 fn has(value: &Value, fields: &Value) -> bool {
-    fields
-        .as_object()
-        .is_some_and(|fields| fields.iter().all(|(key, field)| value.get(key) == Some(field)))
+    fields.as_object().is_some_and(|fields| fields.iter().all(|(key, field)| value.get(key) == Some(field)))
 }
 
 /// Whether the settings are those of `qwen2_cutter`.

@@ -181,7 +181,8 @@ pub(super) fn scores_of_merges(
     let (mut last, mut rank) = (None, 0f32);
     for (left, right) in merges {
         let joined = [left.as_str(), right].concat();
-        let id = *ids.get(joined.as_str()).ok_or_else(|| format!("merge to {joined:?}, which is no token"))?;
+        let id =
+            *ids.get(joined.as_str()).ok_or_else(|| format!("merge to {joined:?}, which is no token"))?;
         if last != Some(id) {
             if ways[id] > 0 {
                 return Err(format!("merges to {joined:?} do not follow each other"));
