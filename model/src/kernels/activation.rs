@@ -5,7 +5,7 @@ use crate::family::Activation;
 
 /// `sqrt(8 / pi)` and the cubic factor of GELU's approximation: `gelu(x) = x * sigmoid(SLOPE * (x + CUBE * x^3))`, the
 /// same as half of `x * (1 + tanh(..))` (Hendrycks and Gimpel 2016).
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 const CUBE: f32 = 0.044_715;
 
 impl Activation {

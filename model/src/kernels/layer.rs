@@ -121,32 +121,39 @@ impl Layer<'_> {
         let gate = self.apply(Projection::Gate, &normalized, low);
         let up = self.apply(Projection::Up, &normalized, low);
         drop(normalized);
-        let down = self.projection(Projection::Down);
         let mut output = None;
-        if y.is_some() || down.lora.is_some() || self.extras.post_norms.is_some() {
+        let is_adapted = self.projection(Projection::Down).lora.is_some();
+        if y.is_some() || is_adapted || self.extras.post_norms.is_some() {
             let mut activated = buffer(gate.len());
             self.extras.activation.gated(&gate, &up, &mut activated);
-            low[Projection::Down as usize] = match y {
-                _ if self.extras.post_norms.is_some() => {
-                    let mut added = buffer(input.len());
-                    let low = down.forward(&activated, &mut added);
-                    output = self.extras.finish_half(Half::FeedForward, &mut added);
-                    if let Some(y) = y {
-                        y.copy_from_slice(&added);
-                        add(y, &input);
-                    }
-                    low
-                }
-                Some(y) => {
-                    let low = down.forward(&activated, y);
-                    add(y, &input);
-                    low
-                }
-                None => down.lora.map(|lora| lora.project(&activated)),
-            };
+            (low[Projection::Down as usize], output) = self.down(&activated, &input, y);
         }
         let (gate, up) = (Kept::new(gate, self.precision()), Kept::new(up, self.precision()));
         SavedFeedForward { input, inverse_rms, gate, up, output }
+    }
+
+    /// Through the last product, as far as the backward pass needs it, and with a `y` to the layer's output.
+    fn down(
+        &self,
+        activated: &[f32],
+        input: &[f32],
+        y: Option<&mut [f32]>,
+    ) -> (Option<Buffer>, Option<Normed>) {
+        let down = self.projection(Projection::Down);
+        if self.extras.post_norms.is_some() {
+            let mut added = buffer(input.len());
+            let low = down.forward(activated, &mut added);
+            let output = self.extras.finish_half(Half::FeedForward, &mut added);
+            if let Some(y) = y {
+                y.copy_from_slice(&added);
+                add(y, input);
+            }
+            return (low, output);
+        }
+        let Some(y) = y else { return (down.lora.map(|lora| lora.project(activated)), None) };
+        let low = down.forward(activated, y);
+        add(y, input);
+        (low, None)
     }
 
     fn apply(&self, p: Projection, x: &[f32], low: &mut LowActivations) -> Buffer {

@@ -37,7 +37,7 @@ impl Tokenizer {
         let method = method(metadata)?;
         let is_pieces = matches!(method, Method::SentencePiece { .. });
         // SentencePiece's own ids, where a file names none.
-        let or_usual = |id: Option<u32>, usual| id.or(is_pieces.then_some(usual));
+        let or_usual = |id: Option<u32>, usual| if is_pieces { id.or(Some(usual)) } else { id };
         Self::new(Vocabulary {
             method,
             tokens: metadata.strings(TOKENS)?.to_vec(),
