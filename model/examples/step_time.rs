@@ -18,6 +18,7 @@ use fleetune_model::adapter::{Adapter, AdapterLayout, LoraConfig};
 use fleetune_model::base::BaseModel;
 use fleetune_model::batch::Batch;
 use fleetune_model::config::{ModelConfig, Projection};
+use fleetune_model::family::Family;
 use fleetune_model::full::FullTrainer;
 use fleetune_model::optim::{AdamW, AdamWConfig};
 use fleetune_model::train::{LoraTrainer, Precision, TrainerOptions};
@@ -98,6 +99,7 @@ fn product(m: usize, n: usize, k: usize, (x, w, y): (&[f32], &[f32], &mut [f32])
 fn full(n: &[usize]) {
     let config = ModelConfig {
         name: "timed".to_owned(),
+        family: Family::Llama,
         hidden: n[0],
         layers: n[1],
         heads: n[2],

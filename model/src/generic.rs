@@ -21,6 +21,7 @@ use crate::adapter::{AdapterLayout, Factor};
 use crate::base::BaseModel;
 use crate::batch::{Batch, InputError};
 use crate::config::{ModelConfig, Projection};
+use crate::family::Family;
 use crate::decoder::{check_shapes, embed};
 use crate::stock::{LayerFactors, LowRank, Positions, StockModel, tensor};
 use crate::train::{TrainError, Trainer, check_len};
@@ -302,6 +303,7 @@ fn check_supported(config: &ModelConfig) -> Result<(), GenericError> {
     // Every field by name: a new one does not compile until `stock.rs` computes it or it is refused here.
     let ModelConfig {
         name,
+        family,
         vocab_size,
         hidden,
         layers: _,
@@ -315,7 +317,10 @@ fn check_supported(config: &ModelConfig) -> Result<(), GenericError> {
     } = config;
     let shapes = Projection::ALL.map(|projection| projection.shape(config));
     let largest = shapes.into_iter().chain([(*vocab_size, *hidden)]).map(|(out, inputs)| out * inputs).max();
-    let refused = [("a matrix of more than 2^31 values", largest > Some(MATRIX_VALUES_MAX))];
+    let refused = [
+        ("layers of another family than Llama's", *family != Family::Llama),
+        ("a matrix of more than 2^31 values", largest > Some(MATRIX_VALUES_MAX)),
+    ];
     match refused.into_iter().find(|(_, asked)| *asked) {
         Some((feature, _)) => Err(GenericError::Unsupported { model: name.clone(), feature }),
         None => Ok(()),

@@ -18,10 +18,11 @@ pub use cache::Sequence;
 use crate::adapter::Adapter;
 use crate::base::BaseModel;
 use crate::batch::{InputError, check_ids};
-use crate::config::{ModelConfig, Projection};
-use crate::decoder::{embed, heads};
-use crate::kernels::activation::{add, swiglu};
+use crate::config::Projection;
+use crate::decoder::{embed, extras, heads, rope_tables};
+use crate::kernels::activation::add;
 use crate::kernels::cross_entropy::nll_and_hits;
+use crate::kernels::extras::Half;
 use crate::kernels::int8::Packed;
 use crate::kernels::norm::Norm;
 use crate::kernels::rope::{RopeTable, Turn};
@@ -62,7 +63,8 @@ struct Piece {
     rows: Range<usize>,
     /// Positions of the sequence before it.
     past: usize,
-    rope: RopeTable,
+    /// By layer, from `past` on.
+    ropes: Vec<Arc<RopeTable>>,
 }
 
 impl Engine {
@@ -154,9 +156,9 @@ impl Engine {
                 let before = pieces.last().map_or(0, |piece: &Piece| piece.rows.end);
                 let count = (spans[index].ids.len() - first).min(PASS_TOKENS - before);
                 let past = spans[index].sequence.len();
-                let rope = rope_rows(&self.base.config, past, count);
+                let ropes = rope_tables(&self.base.config, past, count);
                 let (ids, rows) = (first..first + count, before..before + count);
-                pieces.push(Piece { span: index, ids, rows, past, rope });
+                pieces.push(Piece { span: index, ids, rows, past, ropes });
                 first += count;
                 if before + count == PASS_TOKENS {
                     self.pass(spans, &std::mem::take(&mut pieces), take);
@@ -230,7 +232,8 @@ impl Engine {
         x: &mut [f32],
         input: &mut Input,
     ) {
-        let (config, shape) = (&self.base.config, heads(&self.base.config));
+        let (config, shape) = (&self.base.config, heads(&self.base.config, layer));
+        let own = extras(&self.base, layer);
         let norm = Norm { gain: &self.base.layers[layer].attn_norm, eps: config.rms_eps };
         input.set(norm.forward(x).0, config.hidden);
         let apply = |projection, input: &mut Input, spans: &[Span<'_>]| {
@@ -238,19 +241,22 @@ impl Engine {
         };
         let mut q = apply(Projection::Q, input, spans);
         let mut k = apply(Projection::K, input, spans);
-        let v = apply(Projection::V, input, spans);
+        let mut v = apply(Projection::V, input, spans);
+        own.finish_heads(&mut q, &mut k, &mut v);
         let mut context = buffer(q.len());
         for piece in pieces {
             let at = |width: usize| piece.rows.start * width..piece.rows.end * width;
             let (q_rows, kv_rows, count) = (at(shape.q_width()), at(shape.kv_width()), piece.rows.len());
-            piece.rope.rotate(&mut q[q_rows.clone()], shape.heads, 0, count, Turn::Forward);
-            piece.rope.rotate(&mut k[kv_rows.clone()], shape.kv_heads, 0, count, Turn::Forward);
+            piece.ropes[layer].rotate(&mut q[q_rows.clone()], shape.heads, 0, count, Turn::Forward);
+            piece.ropes[layer].rotate(&mut k[kv_rows.clone()], shape.kv_heads, 0, count, Turn::Forward);
             let cache = &mut spans[piece.span].sequence.layers[layer];
             cache.append(&k[kv_rows.clone()], &v[kv_rows], piece.past * shape.kv_width());
             cache.attend(shape, &q[q_rows.clone()], piece.past, &mut context[q_rows]);
         }
         input.set(context, shape.q_width());
-        add(x, &apply(Projection::O, input, spans));
+        let mut output = apply(Projection::O, input, spans);
+        own.finish_half(Half::Attention, &mut output);
+        add(x, &output);
     }
 
     fn feed_forward(
@@ -267,9 +273,12 @@ impl Engine {
         let gate = self.project(layer, Projection::Gate, input, spans, pieces);
         let up = self.project(layer, Projection::Up, input, spans, pieces);
         let mut activated = buffer(gate.len());
-        swiglu(&gate, &up, &mut activated);
+        let own = extras(&self.base, layer);
+        own.activation.gated(&gate, &up, &mut activated);
         input.set(activated, config.feed_forward);
-        add(x, &self.project(layer, Projection::Down, input, spans, pieces));
+        let mut output = self.project(layer, Projection::Down, input, spans, pieces);
+        own.finish_half(Half::FeedForward, &mut output);
+        add(x, &output);
     }
 
     /// One projection of all rows, with each sequence's own adapter.
@@ -304,11 +313,6 @@ impl Engine {
         input.set(norm.forward(x).0, self.base.config.hidden);
         self.head.forward(self.base.head(), &mut input).to_vec()
     }
-}
-
-/// A rope table whose first row stands at position `first`.
-fn rope_rows(config: &ModelConfig, first: usize, rows: usize) -> RopeTable {
-    RopeTable::from_position(first, rows, config.head_dim, config.rope_base)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ compile_error!("weights are used as they lie in the file, which is little-endian
 
 pub mod config;
 pub mod error;
+pub mod family;
 
 pub mod bytes;
 mod rotary;

@@ -21,8 +21,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use crate::adapter::AdapterLayout;
 use crate::base::BaseModel;
 use crate::batch::{Batch, InputError};
-use crate::decoder::{AdaptedLayer, FrozenHead, LoraPlan, rope_table};
-use crate::kernels::rope::RopeTable;
+use crate::decoder::{AdaptedLayer, FrozenHead, LoraPlan, rope_tables};
 use crate::kernels::scratch;
 use crate::ops::LayerSource;
 use budget::{Fit, SessionShape};
@@ -292,12 +291,12 @@ impl LoraTrainer {
     }
 
     fn make_layers(&mut self) {
-        let rope: Arc<RopeTable> = Arc::new(rope_table(&self.base.config, self.positions));
-        let layer = |index| -> Arc<dyn LayerSource> {
+        let ropes = rope_tables(&self.base.config, 0, self.positions);
+        let layer = |index: usize| -> Arc<dyn LayerSource> {
             Arc::new(AdaptedLayer {
                 base: Arc::clone(&self.base),
                 plan: Arc::clone(&self.pass.plan),
-                rope: Arc::clone(&rope),
+                rope: Arc::clone(&ropes[index]),
                 index,
                 recompute: self.fit.recompute,
                 precision: self.options.precision,

@@ -95,7 +95,7 @@ fn pair_tensors(
     let rank = adapter.layout.config().rank;
     let (out, cols_in) = projection.shape(model);
     let b = adapter.factor_b(layer, projection);
-    let b = match projection.rotary_heads(model) {
+    let b = match projection.reordered_heads(model) {
         Some(heads) => rotary::to_hugging_face(b, out, heads),
         None => b.to_vec(),
     };
@@ -230,7 +230,7 @@ fn to_gguf_order(
     model: &ModelConfig,
     projection: Projection,
 ) -> Result<(Vec<usize>, Vec<f32>), String> {
-    let Some(heads) = projection.rotary_heads(model) else { return Ok((shape, values)) };
+    let Some(heads) = projection.reordered_heads(model) else { return Ok((shape, values)) };
     let rows = projection.shape(model).0;
     if shape.first() != Some(&rows) {
         return Err(format!("expected {rows} rows, found shape {shape:?}"));
