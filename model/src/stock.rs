@@ -128,7 +128,7 @@ mod tests {
     use crate::base::BaseModel;
     use crate::fixtures::{adapter, base_of, blocks, config, layout, noise, parameters};
     use crate::full::FullTrainer;
-    use crate::train::{LoraTrainer, TrainerOptions};
+    use crate::train::{LoraTrainer, Recompute, TrainerOptions};
     use crate::weights::WeightFormat;
 
     /// Largest relative error (Euclidean) between our gradients and the oracle's.
@@ -227,7 +227,10 @@ mod tests {
         let mut trainer = LoraTrainer::new(
             base,
             layout,
-            TrainerOptions { recompute: case.recompute, ..TrainerOptions::default() },
+            TrainerOptions {
+                recompute: if case.recompute { Recompute::Always } else { Recompute::Never },
+                ..TrainerOptions::default()
+            },
         )
         .unwrap();
         let mut gradient = vec![f32::NAN; expected.len()];
