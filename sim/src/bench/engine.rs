@@ -1,5 +1,5 @@
-//! The engine by itself: LoRA training steps, and reading and writing text, on one thread. Seconds are of
-//! CPU time of the process unless they are called wall.
+//! The engine by itself: LoRA training steps, on one thread or more, and reading and writing text, on one. Seconds
+//! are of CPU time of the process unless they are called wall.
 
 #![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
 #![allow(clippy::disallowed_methods, reason = "wall time is one of the figures")]
@@ -12,7 +12,9 @@ use fleetune_model::{
     base::BaseModel,
     config::Projection,
     infer::{Engine, Sequence, Span},
-    train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
+    train::{
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, TrainerOptions, fine_tune,
+    },
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -47,6 +49,12 @@ pub struct TrainArgs {
     /// Factors of the large products: f32, or bf16 where the processor multiplies it.
     #[arg(long, value_enum, default_value_t = Factors::F32)]
     pub precision: Factors,
+    /// Threads that train.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Most memory in MB by prediction; 0: no bound.
+    #[arg(long, default_value_t = 0)]
+    pub memory_mb: u64,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
@@ -102,7 +110,13 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     targets.sort_unstable();
     let lora = LoraConfig { rank: args.rank, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
     let layout = Arc::new(AdapterLayout::new(&base.config, &lora)?);
-    let options = TrainerOptions { recompute: args.recompute, precision: args.precision.into() };
+    let options = TrainerOptions {
+        recompute: if args.recompute { Recompute::Always } else { Recompute::Auto },
+        precision: args.precision.into(),
+        threads: args.threads,
+        memory_bytes: (args.memory_mb > 0).then(|| args.memory_mb.saturating_mul(1_000_000)),
+        time: None,
+    };
     let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
     let mut values = Adapter::init(layout).values;
     let blocks = ids(&base, args.sequences, args.tokens + 1);
@@ -125,7 +139,9 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     if args.json {
         let line = json!({
             "cpu_s_per_step": cpu, "wall_s_per_step": wall, "peak_rss_mib": peak, "tokens_per_s": tokens / wall,
-            "loss": loss,
+            "loss": loss, "predicted_mb": summary.fit.memory_bytes.map(|bytes| bytes as f64 / 1e6),
+            "micro_batch_tokens": summary.fit.micro_tokens, "block_tokens": summary.fit.block_tokens,
+            "recompute": summary.fit.recompute, "threads": summary.fit.threads,
         });
         println!("{line}");
     } else {

@@ -144,7 +144,7 @@ fn budgets_change_nothing_but_rounding() {
     let layout = layout(&base.config, &Projection::ALL, false);
     let blocks = blocks(&base.config, 8, 64);
     let plan = LocalTraining { learning_rate: 0.01, ..plan(8, 64) };
-    let mut run = |options: TrainerOptions| {
+    let run = |options: TrainerOptions| {
         let mut values = Adapter::init(Arc::clone(&layout)).values;
         let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options).unwrap();
         let fit = trainer.prepare(&plan).unwrap();
