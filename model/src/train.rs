@@ -313,6 +313,12 @@ impl LoraTrainer {
         }
     }
 
+    /// Who else holds a layer: graphs that were not consumed would.
+    #[cfg(test)]
+    pub(crate) fn layer_references(&self) -> usize {
+        self.pass.layers.iter().map(Arc::strong_count).max().unwrap_or(0)
+    }
+
     fn shape<'a>(&'a self, plan: &'a LocalTraining) -> SessionShape<'a> {
         SessionShape {
             model: &self.base.config,

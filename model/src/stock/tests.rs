@@ -8,7 +8,7 @@ use crate::batch::Batch;
 use crate::fixtures::{adapter, base_of, blocks, config, layout, noise, parameters};
 use crate::full::FullTrainer;
 use crate::generic::{self, GenericOptions, GenericTrainer};
-use crate::train::{LoraTrainer, Trainer, TrainerOptions};
+use crate::train::{LoraTrainer, Trainer, Recompute, TrainerOptions};
 use crate::weights::WeightFormat;
 
 /// Largest relative error (Euclidean) between our gradients and the oracle's.
@@ -109,6 +109,7 @@ fn check_lora(case: &LoraCase) {
 }
 
 fn native(base: &Arc<BaseModel>, layout: &Arc<AdapterLayout>, recompute: bool) -> LoraTrainer {
+    let recompute = if recompute { Recompute::Always } else { Recompute::Never };
     let options = TrainerOptions { recompute, ..TrainerOptions::default() };
     LoraTrainer::new(Arc::clone(base), Arc::clone(layout), options).unwrap()
 }

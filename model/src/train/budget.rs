@@ -324,3 +324,6 @@ pub(super) fn batch_operations(model: &ModelConfig, batch: &Batch) -> f64 {
 fn head_operations(model: &ModelConfig, rows: usize) -> f64 {
     4.0 * (model.vocab_size * model.hidden) as f64 * rows as f64
 }
+
+#[cfg(test)]
+mod tests;

@@ -263,12 +263,13 @@ impl Losses {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::adapter::Adapter;
     use crate::config::Projection;
     use crate::fixtures::{base, blocks, layout};
-    use crate::train::{LoraTrainer, Precision, TrainerOptions};
+    use crate::train::{LoraTrainer, Precision, Recompute, TimeBudget, TrainerOptions, WhenShort};
 
     fn plan() -> LocalTraining {
         LocalTraining {
@@ -287,8 +288,15 @@ mod tests {
         let layout = layout(&base.config, &[Projection::Q, Projection::V, Projection::Down], false);
         let values = Adapter::init(Arc::clone(&layout)).values;
         (
-            LoraTrainer::new(base, layout, TrainerOptions { recompute, ..TrainerOptions::default() })
-                .unwrap(),
+            LoraTrainer::new(
+                base,
+                layout,
+                TrainerOptions {
+                    recompute: if recompute { Recompute::Always } else { Recompute::Never },
+                    ..TrainerOptions::default()
+                },
+            )
+            .unwrap(),
             values,
         )
     }
@@ -348,17 +356,101 @@ mod tests {
         assert_eq!(expected != found, Precision::Bf16.kernel().is_some());
     }
 
+    /// A base of 2 layers asks 2 times forward, once for the head, 2 times backward, and once before each step.
     #[test]
-    fn a_stopped_training_keeps_whole_steps() {
+    fn a_training_stopped_anywhere_keeps_whole_steps_and_the_trainer_goes_on() {
+        let (mut trainer, start) = trainer(false);
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let mut run = |steps: u32, asks: u32| {
+            let (mut values, mut asked) = (start.clone(), 0);
+            let mut stop = || {
+                asked += 1;
+                asked > asks
+            };
+            let plan = LocalTraining { steps, schedule: Schedule::Constant, ..plan() };
+            let found = fine_tune(&mut trainer, &mut values, &blocks, &plan, 1, &mut stop);
+            assert!(asked <= asks + 1, "nothing is asked after a yes");
+            (found, values)
+        };
+        for (asks, whole) in [(0, 0), (1, 0), (3, 0), (5, 0), (6, 1), (7, 1), (11, 1), (12, 2), (14, 2)] {
+            let (found, values) = run(9, asks);
+            assert_eq!(found.unwrap_err(), TrainError::Cancelled { step: whole }, "after {asks}");
+            let expected = if whole == 0 { start.clone() } else { run(whole, u32::MAX - 1).1 };
+            assert_eq!(values, expected, "after {asks}");
+        }
+    }
+
+    /// What a step that was given up held is given back.
+    #[test]
+    fn nothing_is_left_of_a_step_that_was_given_up() {
         let (mut trainer, mut values) = trainer(false);
         let blocks = blocks(&trainer.base().config, 2, 24);
-        let mut asked = 0;
-        let mut stop = || {
-            asked += 1;
-            asked > 3
+        let before = Arc::strong_count(trainer.base());
+        for asks in 1..6 {
+            let mut asked = 0;
+            let mut stop = || {
+                asked += 1;
+                asked > asks
+            };
+            fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut stop).unwrap_err();
+            assert_eq!(trainer.layer_references(), 1, "no graph holds a layer");
+        }
+        assert!(Arc::strong_count(trainer.base()) <= before + trainer.base().config.layers);
+    }
+
+    /// A clock that goes on by a fixed time at each look.
+    fn timed(limit_ms: u64, when_short: WhenShort) -> (Result<TrainSummary, TrainError>, Vec<f32>) {
+        let (fresh, mut values) = trainer(false);
+        let time = Some(TimeBudget { limit: Duration::from_millis(limit_ms), when_short });
+        let options = TrainerOptions { time, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let blocks = blocks(&trainer.base().config, 5, 24);
+        let mut looks = 0;
+        let now = || {
+            looks += 1;
+            Duration::from_millis(looks)
         };
-        let error = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut stop).unwrap_err();
-        assert_eq!(error, TrainError::Cancelled { step: 3 });
+        let mut watch = crate::train::Clocked { should_stop: || false, now };
+        (fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut watch), values)
+    }
+
+    #[test]
+    fn a_time_budget_gives_fewer_steps_or_a_refusal() {
+        let (whole, all) = timed(1_000_000, WhenShort::FewerSteps);
+        assert_eq!((whole.unwrap().steps, &all), (12, &trained(1, false).0));
+        let (fewer, _) = timed(60, WhenShort::FewerSteps);
+        let steps = fewer.unwrap().steps;
+        assert!((1..12).contains(&steps), "{steps}");
+        for (limit, when_short) in [(60, WhenShort::Refuse), (3, WhenShort::FewerSteps)] {
+            let (refused, values) = timed(limit, when_short);
+            let error = refused.unwrap_err();
+            assert!(matches!(error, TrainError::OverTime { .. }), "{error}");
+            assert!(values.iter().all(|x| x.is_finite()));
+        }
+        assert_eq!(timed(1_000_000, WhenShort::Refuse).0.unwrap().steps, 12);
+    }
+
+    #[test]
+    fn a_time_budget_needs_a_clock() {
+        let (fresh, mut values) = trainer(false);
+        let time =
+            Some(TimeBudget { limit: Duration::from_secs(9), when_short: WhenShort::Refuse });
+        let options = TrainerOptions { time, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let found = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut || false);
+        assert_eq!(found, Err(TrainError::NoClock));
+    }
+
+    #[test]
+    fn shorter_blocks_predict_the_same_ids() {
+        let block: Vec<u32> = (0..12).collect();
+        let predicted: Vec<u32> = cut(&block, 4).flat_map(|piece| piece[1..].to_vec()).collect();
+        assert_eq!(predicted, block[1..]);
+        assert!(cut(&block, 4).all(|piece| piece.len() <= 5));
+        assert_eq!(cut(&block, 11).count(), 1);
+        assert_eq!(cut(&block, usize::MAX).collect::<Vec<_>>(), [&block[..]]);
+        assert_eq!(cut(&block[..1], 4).count(), 1, "too short a block is left for the batch to refuse");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The engine by itself: LoRA training steps, and reading and writing text, on one thread. Seconds are of
-//! CPU time of the process unless they are called wall.
+//! The engine by itself: LoRA training steps, on one thread or more, and reading and writing text, on one. Seconds
+//! are of CPU time of the process unless they are called wall.
 
 #![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
 #![allow(clippy::disallowed_methods, reason = "wall time is one of the figures")]
@@ -14,7 +14,7 @@ use fleetune_model::{
     generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
     train::{
-        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, Trainer, TrainerOptions, fine_tune,
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, Trainer, TrainerOptions, fine_tune,
     },
 };
 use rand::{RngExt, SeedableRng};
@@ -53,6 +53,12 @@ pub struct TrainArgs {
     /// Factors of the native engine's large products: f32, or bf16 where the processor multiplies it.
     #[arg(long, value_enum, default_value_t = Factors::F32)]
     pub precision: Factors,
+    /// Threads that train.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Most memory in MB by prediction; 0: no bound.
+    #[arg(long, default_value_t = 0)]
+    pub memory_mb: u64,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
@@ -154,7 +160,13 @@ fn trainer(
     let (base, layout) = (Arc::clone(base), Arc::clone(layout));
     let device = match engine {
         TrainEngine::Native => {
-            let options = TrainerOptions { recompute: args.recompute, precision: args.precision.into() };
+            let options = TrainerOptions {
+                recompute: if args.recompute { Recompute::Always } else { Recompute::Auto },
+                precision: args.precision.into(),
+                threads: args.threads,
+                memory_bytes: (args.memory_mb > 0).then(|| args.memory_mb.saturating_mul(1_000_000)),
+                time: None,
+            };
             return Ok(Box::new(LoraTrainer::new(base, layout, options)?));
         }
         TrainEngine::Generic => generic::flex(),
@@ -170,6 +182,7 @@ struct Step {
     cpu: f64,
     wall: f64,
     loss: f32,
+    fit: Fit,
 }
 
 fn timed(
@@ -192,17 +205,19 @@ fn timed(
     let summary = fine_tune(trainer, &mut values, blocks, &plan(args.steps), 1, &mut || false)?;
     let steps = f64::from(args.steps);
     let (cpu, wall) = ((cpu_s() - cpu) / steps, wall.elapsed().as_secs_f64() / steps);
-    Ok(Step { cpu, wall, loss: summary.last_loss })
+    Ok(Step { cpu, wall, loss: summary.last_loss, fit: summary.fit })
 }
 
 fn print(engine: TrainEngine, args: &TrainArgs, step: &Step) {
-    let Step { cpu, wall, loss } = *step;
+    let Step { cpu, wall, loss, fit } = step;
     let tokens = (args.sequences * args.tokens) as f64;
     let peak = peak_rss_mib();
     if args.json {
         let line = json!({
             "engine": engine.name(), "cpu_s_per_step": cpu, "wall_s_per_step": wall, "peak_rss_mib": peak,
-            "tokens_per_s": tokens / wall, "loss": loss,
+            "tokens_per_s": tokens / wall, "loss": loss, "predicted_mb": fit.memory_bytes.map(|bytes| bytes as f64 / 1e6),
+            "micro_batch_tokens": fit.micro_tokens, "block_tokens": fit.block_tokens,
+            "recompute": fit.recompute, "threads": fit.threads,
         });
         println!("{line}");
     } else {
