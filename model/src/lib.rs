@@ -35,6 +35,7 @@ pub mod full;
 pub mod generate;
 pub mod infer;
 pub mod optim;
+pub mod requantize;
 pub mod train;
 
 #[cfg(test)]
