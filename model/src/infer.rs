@@ -8,12 +8,14 @@
 mod adapter;
 mod cache;
 mod matrix;
+mod observe;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 pub use adapter::LoadedAdapter;
 pub use cache::Sequence;
+pub use observe::InputSquares;
 
 use crate::adapter::Adapter;
 use crate::base::BaseModel;
@@ -109,7 +111,7 @@ impl Engine {
     pub fn read(&self, spans: &mut [Span<'_>]) -> Result<Vec<f32>, InputError> {
         let width = self.base.config.hidden;
         let mut last = buffer(spans.len() * width);
-        self.read_hidden(spans, &mut |span, is_last, rows| {
+        self.read_hidden(spans, &mut Input::default(), &mut |span, is_last, rows| {
             if is_last {
                 last[span * width..(span + 1) * width].copy_from_slice(&rows[rows.len() - width..]);
             }
@@ -128,7 +130,7 @@ impl Engine {
         };
         check_ids(&[*last], self.base.config.vocab_size)?;
         let (width, mut nlls) = (self.base.config.hidden, Vec::with_capacity(inputs.len()));
-        self.read_hidden(&mut [Span { sequence, ids: inputs }], &mut |_, _, rows| {
+        self.read_hidden(&mut [Span { sequence, ids: inputs }], &mut Input::default(), &mut |_, _, rows| {
             for rows in rows.chunks(SCORED_ROWS * width) {
                 let count = rows.len() / width;
                 let targets: Vec<i32> = ids[nlls.len() + 1..][..count].iter().map(|id| *id as i32).collect();
@@ -144,6 +146,7 @@ impl Engine {
     fn read_hidden(
         &self,
         spans: &mut [Span<'_>],
+        input: &mut Input,
         take: &mut dyn FnMut(usize, bool, &[f32]),
     ) -> Result<(), InputError> {
         for span in &*spans {
@@ -161,12 +164,12 @@ impl Engine {
                 pieces.push(Piece { span: index, ids, rows, past, ropes });
                 first += count;
                 if before + count == PASS_TOKENS {
-                    self.pass(spans, &std::mem::take(&mut pieces), take);
+                    self.pass(spans, &std::mem::take(&mut pieces), input, take);
                 }
             }
         }
         if !pieces.is_empty() {
-            self.pass(spans, &pieces, take);
+            self.pass(spans, &pieces, input, take);
         }
         Ok(())
     }
@@ -187,7 +190,13 @@ impl Engine {
         check_ids(span.ids, config.vocab_size)
     }
 
-    fn pass(&self, spans: &mut [Span<'_>], pieces: &[Piece], take: &mut dyn FnMut(usize, bool, &[f32])) {
+    fn pass(
+        &self,
+        spans: &mut [Span<'_>],
+        pieces: &[Piece],
+        input: &mut Input,
+        take: &mut dyn FnMut(usize, bool, &[f32]),
+    ) {
         let width = self.base.config.hidden;
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         let mut x = buffer(rows * width);
@@ -195,10 +204,9 @@ impl Engine {
             let out = &mut x[piece.rows.start * width..piece.rows.end * width];
             self.embed(&spans[piece.span].ids[piece.ids.clone()], out);
         }
-        let mut input = Input::default();
         for layer in 0..self.layers.len() {
-            self.attention(layer, spans, pieces, &mut x, &mut input);
-            self.feed_forward(layer, spans, pieces, &mut x, &mut input);
+            self.attention(layer, spans, pieces, &mut x, input);
+            self.feed_forward(layer, spans, pieces, &mut x, input);
         }
         for piece in pieces {
             let span = &mut spans[piece.span];

@@ -39,6 +39,7 @@ pub mod generate;
 pub mod generic;
 pub mod infer;
 pub mod optim;
+pub mod requantize;
 mod stock;
 pub mod train;
 

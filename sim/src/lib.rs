@@ -8,6 +8,7 @@ pub mod experiment;
 pub mod fleet;
 pub mod pool;
 pub mod pretrain;
+pub mod quantize;
 pub mod report;
 pub mod run;
 pub mod scenario;

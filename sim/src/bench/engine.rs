@@ -14,7 +14,8 @@ use fleetune_model::{
     generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
     train::{
-        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, Trainer, TrainerOptions, fine_tune,
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, Trainer, TrainerOptions,
+        budget::Fit, fine_tune,
     },
 };
 use rand::{RngExt, SeedableRng};
