@@ -30,6 +30,7 @@ mod ops;
 pub mod batch;
 pub mod chat;
 mod decoder;
+pub mod encoder;
 pub mod eval;
 pub mod full;
 pub mod generate;

@@ -3,7 +3,7 @@
 //!
 //! One trainer uses one thread. The batches, and so the result, follow from the seed alone.
 
-mod local;
+pub(crate) mod local;
 
 use std::sync::Arc;
 
