@@ -128,7 +128,7 @@ mod tests {
             let (mut y, mut slope) = ([0.0; 2], [1.0; 2]);
             forward(activation, &[-1e4, 1e4], &mut y);
             backward(activation, &[-1e4, 1e4], &mut slope);
-            assert_eq!((y[0].abs(), y[1]), (0.0, 1e4));
+            assert!(y[0].abs() < 1e-6 && y[1] == 1e4, "{y:?}");
             assert!(slope[0].abs() < 1e-6 && (slope[1] - 1.0).abs() < 1e-6, "{slope:?}");
         }
     }

@@ -365,7 +365,7 @@ mod tests {
         check(true, |c| c.lora.as_mut().unwrap().freeze_a = true);
         check(true, |c| c.lora.as_mut().unwrap().targets.push(EncoderProjection::Key));
         let known = hex::encode(layout(false).sha256());
-        assert_eq!(known, "LAYOUT_HASH");
+        assert_eq!(known, "a49a01563165db9a5689f58d7cd134581be43c57c02c4c916b60a08e1d3a864f");
     }
 
     #[test]

@@ -61,11 +61,11 @@ mod tests {
 
     fn plan() -> LocalTraining {
         LocalTraining {
-            steps: 30,
+            steps: 60,
             batch_size: 8,
             block_tokens: 24,
             optimizer: OptimizerConfig::default(),
-            learning_rate: 0.01,
+            learning_rate: 0.02,
             gradient_clip: Some(1.0),
             schedule: Schedule::WarmupCosine { warmup_steps: 3, final_fraction: 0.1 },
         }
@@ -91,7 +91,7 @@ mod tests {
         for freeze_a in [false, true] {
             let (values, summary) = trained(1, freeze_a);
             assert!(summary.last_loss < 0.6 * summary.first_loss, "{summary:?}");
-            assert_eq!(summary.steps, 30);
+            assert_eq!(summary.steps, 60);
             let (trainer, examples) = (trainer(freeze_a), tiny_examples());
             let ids: Vec<&[u32]> = examples.iter().map(|example| example.ids.as_slice()).collect();
             let probabilities = trainer.predict(&values, &ids).unwrap();
