@@ -29,7 +29,7 @@ SPEECHES = ROOT / "sim/data/shakespeare_roles_cap400.jsonl.gz"
 PLAYS = ["othello", "much-ado-about-nothing", "coriolanus", "the-merry-wives-of-windsor"]
 WORDS_MIN = 8
 TRAINED, TESTED = 360, 75
-EPOCHS, BATCH, RATE, LENGTH = 3, 16, 2e-3, 64
+BATCH, RATE, LENGTH = 16, 2e-3, 64
 
 
 def lines():
@@ -54,10 +54,10 @@ def write(splits, folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in split))
 
 
-def ours(sim, minilm, folder, lora, seed, extra=()):
+def ours(sim, minilm, folder, lora, epochs, seed, extra=()):
     out = folder / f"{time.monotonic_ns()}.safetensors"
     command = [sim, "classify", "train", "--model", minilm, "--data", folder / "train.jsonl", "--eval", folder / "test.jsonl",
-               "--out", out, "--targets", "query,value" if lora else "none", "--rank", 8, "--alpha", 16, "--epochs", EPOCHS,
+               "--out", out, "--targets", "query,value" if lora else "none", "--rank", 8, "--alpha", 16, "--epochs", epochs,
                "--batch", BATCH, "--learning-rate", RATE, "--length-max", LENGTH, "--seed", seed, "--json", *extra]  # fmt: skip
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def ours(sim, minilm, folder, lora, seed, extra=()):
     return found["eval"]["accuracy"], found["eval"]["nll"], found["cpu_s_per_step"]
 
 
-def peer(minilm, splits, lora, seed):
+def peer(minilm, splits, lora, epochs, seed):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel, AutoTokenizer
@@ -90,7 +90,7 @@ def peer(minilm, splits, lora, seed):
 
     trained = [p for p in list(encoder.parameters()) + list(head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
-    steps = EPOCHS * math.ceil(len(splits["train"]) / BATCH)
+    steps = epochs * math.ceil(len(splits["train"]) / BATCH)
     warmup = math.ceil(steps / 10)
     order, draw = [], random.Random(seed)
     started = time.process_time()
@@ -124,6 +124,8 @@ def main():
     parser.add_argument("--minilm", type=pathlib.Path)
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--only", choices=["head", "lora"])
     arguments = parser.parse_args()
     splits = lines()
     if arguments.data:
@@ -134,12 +136,13 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         write(splits, folder)
-        for lora in (False, True):
+        epochs = arguments.epochs
+        for lora in {"head": [False], "lora": [True]}.get(arguments.only, [False, True]):
             what = "head and LoRA" if lora else "head alone"
             rows = [(name, run) for name, run in (
-                ("fleetune", lambda seed: ours(arguments.sim, arguments.minilm, folder, lora, seed)),
-                ("fleetune, bf16 products", lambda seed: ours(arguments.sim, arguments.minilm, folder, lora, seed, ["--precision", "bf16"])),
-                ("torch", lambda seed: peer(arguments.minilm, splits, lora, seed)),
+                ("fleetune", lambda seed: ours(arguments.sim, arguments.minilm, folder, lora, epochs, seed)),
+                ("fleetune, bf16 products", lambda seed: ours(arguments.sim, arguments.minilm, folder, lora, epochs, seed, ["--precision", "bf16"])),
+                ("torch", lambda seed: peer(arguments.minilm, splits, lora, epochs, seed)),
             )]  # fmt: skip
             found = {name: [] for name, _ in rows}
             for seed in range(arguments.seeds):
