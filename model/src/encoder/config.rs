@@ -202,7 +202,8 @@ mod tests {
 
     #[test]
     fn refuses_sizes_that_contradict() {
-        let cases: [(&str, fn(&mut EncoderConfig)); 6] = [
+        type Spoil = fn(&mut EncoderConfig);
+        let cases: [(&str, Spoil); 6] = [
             ("vocab_size", |c| c.vocab_size = 0),
             ("hidden", |c| c.hidden = usize::MAX),
             ("heads", |c| c.heads = 3),

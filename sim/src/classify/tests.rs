@@ -29,26 +29,32 @@ fn train_args(model: &Path, folder: &TempDir) -> TrainArgs {
     }
 }
 
-/// Speeches of so many roles, in turn, with the role as label: `per_role` to train on, `tested` to test on.
-fn write_roles(folder: &TempDir, roles: &[&str], per_role: usize, tested: usize) {
+/// Speeches of the two plays with the play as label: so many of each to train on and to test on, spread over
+/// the roles.
+fn write_plays(folder: &TempDir, trained: usize, tested: usize) {
     let mut text = String::new();
     GzDecoder::new(SPEECHES).read_to_string(&mut text).expect("the speeches");
     let users: Vec<serde_json::Value> =
         text.lines().map(|line| serde_json::from_str(line).expect("a user")).collect();
-    let role = |name: &&str| users.iter().find(|user| user["user"] == **name).expect("a role");
-    let roles: Vec<_> = roles.iter().map(role).collect();
-    for (file, split, count) in [("train.jsonl", "train", per_role), ("test.jsonl", "test", tested)] {
-        let line = |(i, role): (usize, &&serde_json::Value)| {
-            let text = role[split].as_array()?.get(i)?.as_str()?;
-            Some(serde_json::json!({"text": text, "label": role["user"]}).to_string() + "\n")
-        };
-        let lines: String =
-            (0..count).flat_map(|i| roles.iter().filter_map(move |role| line((i, role)))).collect();
-        fs::write(folder.path().join(file), lines).expect("a file of lines");
+    for (file, split, count) in [("train.jsonl", "train", trained), ("test.jsonl", "test", tested)] {
+        let mut lines = Vec::new();
+        for play in PLAYS {
+            let of_play =
+                |user: &&serde_json::Value| user["user"].as_str().is_some_and(|u| u.starts_with(play));
+            let speeches = users.iter().filter(of_play).filter_map(|user| user[split].as_array()).flatten();
+            let speeches = speeches.filter_map(serde_json::Value::as_str);
+            let long: Vec<&str> = speeches.filter(|text| text.split_whitespace().count() >= 8).collect();
+            let spread = long.iter().step_by(long.len() / count).take(count);
+            lines.extend(
+                spread.map(|text| serde_json::json!({"text": text, "label": play}).to_string() + "\n"),
+            );
+        }
+        assert_eq!(lines.len(), 2 * count);
+        fs::write(folder.path().join(file), lines.concat()).expect("a file of lines");
     }
 }
 
-const ROLES: [&str; 2] = ["hamlet/HAMLET", "henry-v/KING HENRY"];
+const PLAYS: [&str; 2] = ["othello", "the-merry-wives-of-windsor"];
 
 fn named(folder: &TempDir, classifier: &str) -> ClassifierArgs {
     ClassifierArgs { model: TINY.into(), classifier: folder.path().join(classifier) }
@@ -102,13 +108,15 @@ fn what_does_not_fit_is_named() {
         assert!(error.contains(expected), "{error}");
     };
     check(&|_| (), "test.jsonl:1: label \"z\"");
+    file("test.jsonl", "{\"text\": \"a\"}\n");
+    check(&|_| (), "test.jsonl:1: no label");
+    file("test.jsonl", "{\"text\": \"a\", \"label\": \"y\"}\n");
     check(&|args| args.targets = vec!["q".to_owned()], "--targets");
     check(&|args| args.length_max = 65, "--length-max");
     check(&|args| args.pooling = Some("max".to_owned()), "--pooling");
-    let no_eval = |args: &mut TrainArgs| args.eval = None;
-    check(&|args| (no_eval(args), args.precision = "f8".to_owned()).1, "--precision");
-    check(&|args| (no_eval(args), args.batch = 0).1, "--batch");
-    check(&|args| (no_eval(args), args.epochs = 0).1, "steps");
+    check(&|args| args.precision = "f8".to_owned(), "--precision");
+    check(&|args| args.batch = 0, "--batch");
+    check(&|args| args.epochs = 0, "steps");
     check(&|args| args.model = folder.path().join("none"), "none");
     file("train.jsonl", "{\"text\": \"a\", \"label\": \"x\"}\nx\n");
     check(&|_| (), "train.jsonl:2");
@@ -128,10 +136,10 @@ fn minilm() -> Option<PathBuf> {
 }
 
 #[test]
-fn minilm_tells_two_roles_apart() {
+fn minilm_tells_two_plays_apart() {
     let Some(path) = minilm() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    write_roles(&folder, &ROLES, 120, 40);
+    write_plays(&folder, 120, 60);
     let args = train_args(&path, &folder);
     train(&args).expect("a training");
     let with = ClassifierArgs { model: path, classifier: args.out };
