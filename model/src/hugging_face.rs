@@ -70,7 +70,7 @@ fn chat_template(folder: &Path, beside: &TokenizerSettings) -> Result<Option<Str
 }
 
 /// Every tensor of the folder: in which file, and what it is.
-struct Weights {
+pub(crate) struct Weights {
     files: Vec<SharedBytes>,
     tensors: BTreeMap<String, TensorPlace>,
 }
@@ -83,7 +83,8 @@ struct TensorPlace {
 }
 
 impl Weights {
-    fn open(folder: &Path) -> Result<Self, ModelError> {
+    /// Those of every safetensors file of the folder.
+    pub(crate) fn open(folder: &Path) -> Result<Self, ModelError> {
         let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for path in weight_files(folder)? {
             let bytes = SharedBytes::map(&path)?;
@@ -115,14 +116,19 @@ impl Weights {
         Ok(())
     }
 
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix, ModelError> {
+    /// Every tensor's name.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix, ModelError> {
         let place = self.find(name, &[rows, cols])?;
         let format = format_of(name, place.dtype)?;
         WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (rows, cols), format)
             .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let place = self.find(name, &[len])?;
         let format = format_of(name, place.dtype)?;
         let vector =
@@ -258,7 +264,7 @@ fn format_of(name: &str, dtype: Dtype) -> Result<WeightFormat, ModelError> {
     formats.into_iter().find(|(known, _)| *known == dtype).map(|(_, format)| format).ok_or_else(found)
 }
 
-fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(failed)?.len();
     if size > JSON_BYTES_MAX {
@@ -269,7 +275,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     fs::read(path).map_err(failed)
 }
 
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, ModelError> {
+pub(crate) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, ModelError> {
     let parsed = serde_json::from_slice(&read_small(path)?);
     parsed.map_err(|error| malformed("JSON", error.to_string()).in_file(path))
 }

@@ -33,6 +33,7 @@ pub use kernels::simd::{SimdLevel, limit_simd};
 pub mod batch;
 pub mod chat;
 mod decoder;
+pub mod encoder;
 pub mod eval;
 pub mod full;
 pub mod generate;

@@ -6,7 +6,7 @@
 //! not. The batches, and so the result, follow from the seed alone.
 
 pub mod budget;
-mod local;
+pub(crate) mod local;
 mod micro;
 mod pace;
 mod pass;

@@ -4,6 +4,7 @@ pub mod account;
 pub mod baselines;
 pub mod bench;
 pub mod chat;
+pub mod classify;
 pub mod experiment;
 pub mod fleet;
 pub mod pool;

@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{account, bench, chat, pretrain, quantize, run, tools};
+use fleetune_sim::{account, bench, chat, classify, pretrain, quantize, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -28,6 +28,9 @@ enum Command {
     Generate(tools::GenerateArgs),
     /// Talk with a model that has a chat template.
     Chat(chat::ChatArgs),
+    /// Classify texts with an encoder of the BERT family.
+    #[command(subcommand)]
+    Classify(classify::Command),
     /// Plan a private run: what a mechanism gives away, and how much noise an epsilon needs.
     #[command(subcommand)]
     Account(account::Command),
@@ -49,6 +52,7 @@ fn main() -> anyhow::Result<()> {
         Command::Quantize(args) => quantize::run(&args),
         Command::Generate(args) => tools::generate_text(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Classify(command) => classify::run(&command),
         Command::Account(command) => account::run(&command),
         Command::Bench(command) => bench::run(&command),
         Command::Pretrain(args) => pretrain::run(&args),

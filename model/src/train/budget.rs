@@ -139,7 +139,7 @@ impl Fit {
     }
 
     /// Every batch at once on one thread.
-    pub(super) fn whole(plan: &LocalTraining) -> Self {
+    pub(crate) fn whole(plan: &LocalTraining) -> Self {
         Self {
             micro_tokens: plan.batch_size.saturating_mul(plan.block_tokens),
             block_tokens: plan.block_tokens,

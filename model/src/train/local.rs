@@ -154,19 +154,7 @@ fn cut(block: &[u32], tokens: usize) -> impl Iterator<Item = &[u32]> {
 
 impl LocalTraining {
     fn check(&self, blocks: &[Vec<u32>]) -> Result<(), TrainError> {
-        let at_least_1 = [
-            ("steps", u64::from(self.steps)),
-            ("batch_size", self.batch_size as u64),
-            ("block_tokens", self.block_tokens as u64),
-        ];
-        if let Some((field, found)) = at_least_1.into_iter().find(|(_, n)| *n == 0) {
-            return Err(TrainError::Plan { field, rule: "at least 1", found: found as f64 });
-        }
-        let positive =
-            [("learning_rate", self.learning_rate), ("gradient_clip", self.gradient_clip.unwrap_or(1.0))];
-        if let Some((field, found)) = positive.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
-            return Err(TrainError::Plan { field, rule: "finite and above 0", found: f64::from(found) });
-        }
+        self.check_numbers()?;
         if blocks.is_empty() {
             return Err(TrainError::NoData);
         }
@@ -177,22 +165,42 @@ impl LocalTraining {
             _ => Ok(()),
         }
     }
+
+    /// Refuses numbers out of range.
+    pub(crate) fn check_numbers(&self) -> Result<(), TrainError> {
+        let at_least_1 = [
+            ("steps", u64::from(self.steps)),
+            ("batch_size", self.batch_size as u64),
+            ("block_tokens", self.block_tokens as u64),
+        ];
+        if let Some((field, found)) = at_least_1.into_iter().find(|(_, n)| *n == 0) {
+            return Err(TrainError::Plan { field, rule: "at least 1", found: found as f64 });
+        }
+        let positive =
+            [("learning_rate", self.learning_rate), ("gradient_clip", self.gradient_clip.unwrap_or(1.0))];
+        match positive.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
+            Some((field, found)) => {
+                Err(TrainError::Plan { field, rule: "finite and above 0", found: f64::from(found) })
+            }
+            None => Ok(()),
+        }
+    }
 }
 
-enum Optimizer {
+pub(crate) enum Optimizer {
     AdamW(AdamW),
     Sgd(Sgd),
 }
 
 impl Optimizer {
-    fn new(config: OptimizerConfig, len: usize) -> Self {
+    pub(crate) fn new(config: OptimizerConfig, len: usize) -> Self {
         match config {
             OptimizerConfig::AdamW(config) => Self::AdamW(AdamW::new(config, len)),
             OptimizerConfig::Sgd { momentum } => Self::Sgd(Sgd::new(momentum, len)),
         }
     }
 
-    fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
+    pub(crate) fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
         match self {
             Self::AdamW(optimizer) => optimizer.step(values, gradient, learning_rate),
             Self::Sgd(optimizer) => optimizer.step(values, gradient, learning_rate),
@@ -201,18 +209,18 @@ impl Optimizer {
 }
 
 /// Block indices in a seeded order, shuffled again whenever all were taken.
-struct BatchOrder {
+pub(crate) struct BatchOrder {
     rng: ChaCha8Rng,
     indices: Vec<usize>,
     next: usize,
 }
 
 impl BatchOrder {
-    fn new(blocks: usize, seed: u64) -> Self {
+    pub(crate) fn new(blocks: usize, seed: u64) -> Self {
         Self { rng: ChaCha8Rng::seed_from_u64(seed), indices: (0..blocks).collect(), next: blocks }
     }
 
-    fn take(&mut self, count: usize) -> impl Iterator<Item = usize> {
+    pub(crate) fn take(&mut self, count: usize) -> impl Iterator<Item = usize> {
         let count = count.min(self.indices.len());
         (0..count).map(|_| self.pick())
     }
@@ -236,18 +244,18 @@ impl BatchOrder {
 }
 
 #[derive(Default)]
-struct Losses {
+pub(crate) struct Losses {
     all: Vec<f32>,
     tokens: u64,
 }
 
 impl Losses {
-    fn push(&mut self, loss: f32, tokens: usize) {
+    pub(crate) fn push(&mut self, loss: f32, tokens: usize) {
         self.all.push(loss);
         self.tokens += tokens as u64;
     }
 
-    fn summary(&self, fit: Fit) -> TrainSummary {
+    pub(crate) fn summary(&self, fit: Fit) -> TrainSummary {
         let sum: f64 = self.all.iter().map(|x| f64::from(*x)).sum();
         TrainSummary {
             first_loss: self.all.first().copied().unwrap_or(f32::NAN),
