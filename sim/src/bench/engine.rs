@@ -65,9 +65,6 @@ pub enum TrainEngine {
     Native,
     /// Stock burn operations on the processor.
     Generic,
-    /// Stock burn operations on the graphics device that wgpu finds.
-    #[cfg(feature = "wgpu")]
-    Wgpu,
 }
 
 impl TrainEngine {
@@ -75,8 +72,6 @@ impl TrainEngine {
         match self {
             Self::Native => "native",
             Self::Generic => "generic",
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => "wgpu",
         }
     }
 }
@@ -158,8 +153,6 @@ fn trainer(
             return Ok(Box::new(LoraTrainer::new(base, layout, options)?));
         }
         TrainEngine::Generic => generic::flex(),
-        #[cfg(feature = "wgpu")]
-        TrainEngine::Wgpu => generic::wgpu()?,
     };
     let options = GenericOptions { recompute: args.recompute };
     Ok(Box::new(GenericTrainer::new(base, layout, &device, options)?))
