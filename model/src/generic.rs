@@ -1,5 +1,5 @@
 //! LoRA training out of stock burn operations: slower than `train.rs` and hungrier, but on any device that burn has.
-//! The decoder is in `stock.rs`, the devices that can be opened by name are in `generic/device.rs`.
+//! The decoder is in `stock.rs`.
 //!
 //! It takes the same flat vector as [`crate::train::LoraTrainer`], gives the same gradients but for rounding, and
 //! goes through the same [`crate::train::fine_tune`].
@@ -10,12 +10,10 @@
 //! [`GenericOptions::recompute`] of one layer, and the logits of a few rows at a time. A matrix must fit into one
 //! buffer of the device (the output is cut into blocks of at most 128 MiB).
 
-mod device;
-
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor};
 
 use crate::adapter::{AdapterLayout, Factor};
 use crate::base::BaseModel;
@@ -26,9 +24,7 @@ use crate::decoder::{check_shapes, embed};
 use crate::stock::{LayerFactors, LowRank, Positions, StockModel, tensor};
 use crate::train::{TrainError, Trainer, check_len};
 
-pub use device::flex;
-#[cfg(feature = "wgpu")]
-pub use device::wgpu;
+pub use burn::tensor::Device;
 
 /// Logits that exist at once, of however many rows of the batch that makes; their gradient and what autodiff keeps
 /// of them come to about four times as much.
@@ -51,14 +47,6 @@ pub enum GenericError {
         /// What it asks for.
         feature: &'static str,
     },
-    /// There is no such device, or it does not start.
-    #[error("no {backend} device: {reason}")]
-    NoDevice {
-        /// The backend's name.
-        backend: &'static str,
-        /// What the backend says.
-        reason: String,
-    },
 }
 
 /// How a generic trainer computes.
@@ -66,6 +54,12 @@ pub enum GenericError {
 pub struct GenericOptions {
     /// Run each layer again in the backward pass instead of keeping its activations.
     pub recompute: bool,
+}
+
+/// The processor, by burn's own CPU backend.
+#[must_use]
+pub fn flex() -> Device {
+    Device::flex()
 }
 
 /// Computes losses and gradients of an adapter over a frozen base, on a device of burn's.

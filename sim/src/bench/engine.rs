@@ -72,9 +72,6 @@ pub enum TrainEngine {
     Native,
     /// Stock burn operations on the processor.
     Generic,
-    /// Stock burn operations on the graphics device that wgpu finds.
-    #[cfg(feature = "wgpu")]
-    Wgpu,
 }
 
 impl TrainEngine {
@@ -82,8 +79,6 @@ impl TrainEngine {
         match self {
             Self::Native => "native",
             Self::Generic => "generic",
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => "wgpu",
         }
     }
 }
@@ -171,8 +166,6 @@ fn trainer(
             return Ok(Box::new(LoraTrainer::new(base, layout, options)?));
         }
         TrainEngine::Generic => generic::flex(),
-        #[cfg(feature = "wgpu")]
-        TrainEngine::Wgpu => generic::wgpu()?,
     };
     let options = GenericOptions { recompute: args.recompute };
     Ok(Box::new(GenericTrainer::new(base, layout, &device, options)?))
