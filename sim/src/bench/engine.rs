@@ -8,10 +8,12 @@ use crate::run::peak_rss_mib;
 use crate::tools::{open_adapter, sequence};
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
+    SimdLevel,
     adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
     config::Projection,
     infer::{Engine, Sequence, Span},
+    limit_simd,
     train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
 };
 use rand::{RngExt, SeedableRng};
@@ -47,9 +49,35 @@ pub struct TrainArgs {
     /// Factors of the large products: f32, or bf16 where the processor multiplies it.
     #[arg(long, value_enum, default_value_t = Factors::F32)]
     pub precision: Factors,
+    /// Widest vector instructions used: to compare with other programs at equal instructions.
+    #[arg(long, value_enum, default_value_t = Simd::Best)]
+    pub simd: Simd,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Vector instructions.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Simd {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512.
+    Avx512,
+    /// The widest that the processor has.
+    Best,
+}
+
+impl Simd {
+    fn limit(self) {
+        match self {
+            Self::Portable => limit_simd(SimdLevel::Portable),
+            Self::Avx2 => limit_simd(SimdLevel::Avx2),
+            Self::Avx512 | Self::Best => limit_simd(SimdLevel::Avx512),
+        }
+    }
 }
 
 /// Number format of the factors of products.
@@ -96,6 +124,7 @@ pub struct InferArgs {
 /// Measures and prints.
 pub(super) fn train(args: &TrainArgs) -> Result<()> {
     ensure!(args.steps > 0, "--steps: at least 1");
+    args.simd.limit();
     let base = Arc::new(open(&args.model)?);
     let parse = |name: &String| Projection::from_name(name).with_context(|| format!("--targets: {name:?}"));
     let mut targets = args.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;
