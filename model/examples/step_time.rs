@@ -1,9 +1,11 @@
 //! Times training steps: `step_time product`, `step_time full HIDDEN LAYERS HEADS KV_HEADS FEED_FORWARD VOCAB
-//! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [--recompute]
-//! [--precision f32|bf16] [--threads N]`, or `step_time cancel MODEL.gguf SEQUENCES LENGTH
-//! MOMENTS` for the longest time from a request to stop to its end, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step
-//! on blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads
-//! and compare better than wall time on a busy machine; `product` gives the rate of the matrix product alone on the same machine.
+//! SEQUENCES LENGTH THREADS STEPS`, `step_time made` with the same numbers without THREADS (LoRA on a base of made-up
+//! weights), or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [--recompute] [--threads N]`; each with
+//! `--precision f32|bf16` and `--simd portable|avx2|avx512|best`. Or `step_time cancel MODEL.gguf SEQUENCES LENGTH
+//! MOMENTS` for the longest time from a request to stop to its end, or `step_time curve MODEL.gguf TEXT SEQUENCES
+//! LENGTH STEPS` for the loss of each step on blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o;
+//! AdamW). CPU seconds count all threads and compare better than wall time on a busy machine; `product` gives the rate
+//! of the `gemm` crate's matrix product on the same machine.
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -22,19 +24,34 @@ use fleetune_model::config::{ModelConfig, Projection};
 use fleetune_model::family::Family;
 use fleetune_model::full::FullTrainer;
 use fleetune_model::optim::{AdamW, AdamWConfig};
+use fleetune_model::tokenizer::{SpecialTokens, TokenKind, Tokenizer, train_bpe};
 use fleetune_model::train::{LoraTrainer, Precision, Recompute, Trainer, TrainerOptions};
+use fleetune_model::weights::WeightFormat;
+use fleetune_model::{SimdLevel, limit_simd};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    limit(&arguments);
     let numbers =
         |from: usize| arguments[from..].iter().filter_map(|a| a.parse().ok()).collect::<Vec<usize>>();
     match arguments.first().map(String::as_str) {
         Some("product") => products(),
-        Some("full") => full(&numbers(1)),
+        Some("full") => full(&numbers(1), options(&arguments[1..]).precision),
+        Some("made") => made(&numbers(1), options(&arguments[1..])),
         Some("lora") => lora(Path::new(&arguments[1]), &numbers(2), options(&arguments[2..])),
         Some("cancel") => cancel(Path::new(&arguments[1]), &numbers(2), options(&arguments[2..])),
         Some("curve") => curve(Path::new(&arguments[1]), Path::new(&arguments[2]), &numbers(3)),
         _ => println!("see the head of this file"),
+    }
+}
+
+fn limit(arguments: &[String]) {
+    match arguments.iter().skip_while(|a| *a != "--simd").nth(1).map(String::as_str) {
+        None | Some("best") => {}
+        Some("portable") => limit_simd(SimdLevel::Portable),
+        Some("avx2") => limit_simd(SimdLevel::Avx2),
+        Some("avx512") => limit_simd(SimdLevel::Avx512),
+        Some(other) => panic!("--simd {other}: portable, avx2, avx512 or best"),
     }
 }
 
@@ -108,8 +125,9 @@ fn product(m: usize, n: usize, k: usize, (x, w, y): (&[f32], &[f32], &mut [f32])
     }
 }
 
-fn full(n: &[usize]) {
-    let config = ModelConfig {
+/// HIDDEN LAYERS HEADS KV_HEADS FEED_FORWARD VOCAB SEQUENCES LENGTH.
+fn config(n: &[usize]) -> ModelConfig {
+    ModelConfig {
         name: "timed".to_owned(),
         family: Family::Llama,
         hidden: n[0],
@@ -122,13 +140,35 @@ fn full(n: &[usize]) {
         context_length: n[7],
         rope_base: 10_000.0,
         rms_eps: 1e-5,
-    };
+    }
+}
+
+fn full(n: &[usize], precision: Precision) {
     let batch = batch(n[6], n[7], n[5]);
-    let mut trainer = FullTrainer::new(config, n[8]).unwrap();
+    let mut trainer = FullTrainer::with_precision(config(n), n[8], precision).unwrap();
     let mut values = trainer.initial_parameters(1);
     time_steps(n[9], &mut values, |values, gradient| {
         trainer.loss_and_gradient(values, &batch, gradient).unwrap()
     });
+}
+
+/// LoRA on a base of made-up weights in f32.
+fn made(n: &[usize], options: TrainerOptions) {
+    let trainer = FullTrainer::new(config(n), 1).unwrap();
+    let values = trainer.initial_parameters(1);
+    let base = trainer.to_base(&values, made_tokenizer(n[5]), WeightFormat::F32).unwrap();
+    lora_steps(Arc::new(base), &n[6..], options);
+}
+
+/// The bytes, and tokens that no text has.
+fn made_tokenizer(vocab: usize) -> Tokenizer {
+    let bytes = train_bpe(std::iter::empty(), 259, &SpecialTokens::default()).unwrap();
+    let mut vocabulary = bytes.vocabulary().clone();
+    for id in vocabulary.tokens.len()..vocab {
+        vocabulary.tokens.push(format!("<unused {id}>"));
+        vocabulary.kinds.push(TokenKind::Unused);
+    }
+    Tokenizer::new(vocabulary).unwrap()
 }
 
 fn adapter_layout(base: &BaseModel) -> Arc<AdapterLayout> {
@@ -158,7 +198,10 @@ fn cancel(model: &Path, n: &[usize], options: TrainerOptions) {
 }
 
 fn lora(model: &Path, n: &[usize], options: TrainerOptions) {
-    let base = Arc::new(BaseModel::open(model).unwrap());
+    lora_steps(Arc::new(BaseModel::open(model).unwrap()), n, options);
+}
+
+fn lora_steps(base: Arc<BaseModel>, n: &[usize], options: TrainerOptions) {
     let layout = adapter_layout(&base);
     let batch = batch(n[0], n[1], base.config.vocab_size);
     let mut values = Adapter::init(Arc::clone(&layout)).values;

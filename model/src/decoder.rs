@@ -22,6 +22,7 @@ use crate::kernels::norm::Norm;
 use crate::kernels::rope::RopeTable;
 use crate::kernels::scratch::{Buffer, buffer};
 use crate::ops::{HeadSource, LayerSource};
+use crate::weights::WeightMatrix;
 
 /// Where every factor of an adapter lies, checked against the model it is for.
 #[derive(Debug)]
@@ -295,6 +296,10 @@ impl LayerSource for AdaptedLayer {
     fn recompute(&self) -> bool {
         self.recompute
     }
+
+    fn rest(&self) {
+        self.base.layers[self.index].projections.iter().for_each(WeightMatrix::release);
+    }
 }
 
 /// A head in which nothing is trained.
@@ -305,6 +310,10 @@ pub(crate) struct FrozenHead {
 }
 
 impl HeadSource for FrozenHead {
+    fn rest(&self) {
+        self.base.head().release();
+    }
+
     fn head<'a>(&'a self, _: &'a [f32]) -> Head<'a> {
         head(&self.base, self.precision)
     }

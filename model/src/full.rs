@@ -92,6 +92,7 @@ impl FullLayout {
 struct TrainedSource {
     layout: FullLayout,
     rope: Arc<RopeTable>,
+    precision: Precision,
 }
 
 impl LayerSource for TrainedSource {
@@ -110,7 +111,7 @@ impl LayerSource for TrainedSource {
                 Linear {
                     weight: Weight::Trained { values, rows, cols },
                     lora: None,
-                    precision: Precision::F32,
+                    precision: self.precision,
                 }
             }),
         }
@@ -138,7 +139,7 @@ impl HeadSource for TrainedSource {
         Head {
             norm: Norm { gain: &theta[self.layout.output_norm()], eps: config.rms_eps },
             output: Weight::Trained { values, rows: config.vocab_size, cols: config.hidden },
-            precision: Precision::F32,
+            precision: self.precision,
         }
     }
 
@@ -166,11 +167,23 @@ pub struct FullTrainer {
 }
 
 impl FullTrainer {
-    /// A trainer that splits batches over `threads` threads.
+    /// A trainer that splits batches over `threads` threads and multiplies in f32.
     ///
     /// # Errors
     /// [`ModelError::Config`] if the sizes contradict each other, [`ModelError::Unsupported`] for a family but Llama.
     pub fn new(config: ModelConfig, threads: usize) -> Result<Self, ModelError> {
+        Self::with_precision(config, threads, Precision::F32)
+    }
+
+    /// The same with another number format of the factors of products; values, gradients and sums stay f32.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_precision(
+        config: ModelConfig,
+        threads: usize,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
         if config.family != Family::Llama {
             return Err(ModelError::Unsupported {
                 key: "family".to_owned(),
@@ -182,7 +195,7 @@ impl FullTrainer {
         let rope = Arc::clone(&rope_tables(&layout.config, 0, layout.config.context_length)[0]);
         let shards = (0..threads.max(1)).map(|_| Shard::default()).collect();
         Ok(Self {
-            source: Arc::new(TrainedSource { layout, rope }),
+            source: Arc::new(TrainedSource { layout, rope, precision }),
             shards,
             device: Device::flex().autodiff(),
         })

@@ -28,10 +28,14 @@ pub(crate) trait LayerSource: Debug + Send + Sync {
     fn gradients<'a>(&self, dtheta: &'a mut [f32]) -> LayerGradients<'a>;
     /// Whether the backward pass runs the layer again instead of keeping its activations.
     fn recompute(&self) -> bool;
+    /// Called after each pass over the layer: frozen weights that lie in a mapped file need not stay in memory.
+    fn rest(&self) {}
 }
 
 /// The head but for its trained values.
 pub(crate) trait HeadSource: Debug + Send + Sync {
+    /// As [`LayerSource::rest`].
+    fn rest(&self) {}
     /// The head with `theta` as its trained values.
     fn head<'a>(&'a self, theta: &'a [f32]) -> Head<'a>;
     /// Where the gradient of each trained value lies in `dtheta`; together they cover all of it.
@@ -212,6 +216,7 @@ impl Backward<Flex, 2> for LayerBackward {
         let pass =
             LayerPass { x: x.storage::<f32>(), length: length(&x), saved: &saved, dy: dy.storage::<f32>() };
         let dx = source.layer(theta.storage::<f32>()).backward(pass, &mut gradients, x_parent.is_some());
+        source.rest();
         if let (Some(parent), Some(dx)) = (x_parent, dx) {
             grads.register::<Flex>(parent.id, tensor(dx, dims(&x)));
         }
@@ -301,6 +306,7 @@ fn run_layer(x: &FlexTensor, theta: &FlexTensor, source: &dyn LayerSource) -> (F
     let values = x.storage::<f32>();
     let mut y = vec![0f32; values.len()];
     let saved = source.layer(theta.storage::<f32>()).forward(values, length(x), Some(&mut y));
+    source.rest();
     (tensor(y, dims(x)), saved)
 }
 
@@ -315,6 +321,7 @@ fn run_head(
     let mut gradients = source.gradients(&mut dtheta);
     gradients.dx = Some(&mut dx);
     let loss = source.head(theta_values).loss_and_gradient(x_values, targets.into(), &mut gradients);
+    source.rest();
     (tensor(vec![loss], vec![1]), HeadState { dx: tensor(dx, dims(x)), dtheta: tensor(dtheta, dims(theta)) })
 }
 

@@ -3,8 +3,8 @@
 
 use super::bf16::Precision;
 use super::cross_entropy::{nll_and_gradient, nll_and_hits};
-use super::linear::Weight;
-use super::matrix::{Into, View, ViewMut, product};
+use super::linear::{Weight, weight_gradient};
+use super::matrix::{Into, View};
 use super::norm::Norm;
 use super::scratch::{Buffer, buffer};
 
@@ -12,6 +12,9 @@ use super::scratch::{Buffer, buffer};
 const CHUNK_LOGITS: usize = 1 << 21;
 const CHUNK_ROWS_MIN: usize = 128;
 const CHUNK_ROWS_MAX: usize = 512;
+
+/// Logits that are not kept between steps: the largest buffer by far, and layers have no use for it.
+const FREED_LOGITS_MIN: usize = 1 << 21;
 
 /// The end of the decoder; `output` is `[vocabulary, hidden]`.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +69,7 @@ impl Head<'_> {
             if let Some(dw) = gradients.output.as_deref_mut() {
                 let into = if first == 0 { Into::Overwrite } else { Into::Add };
                 let input = View::new(&normalized[from..to], rows, h);
-                product(ViewMut::new(dw, v, h), into, View::new(logits, rows, v).t(), input, 1.0);
+                weight_gradient(dw, into, View::new(logits, rows, v), input, self.precision);
             }
         });
         if let Some(dx) = gradients.dx.as_deref_mut() {
@@ -111,6 +114,9 @@ fn for_each_chunk(tokens: usize, vocab: usize, mut f: impl FnMut(usize, usize, &
     for first in (0..tokens).step_by(rows_max.max(1)) {
         let rows = rows_max.min(tokens - first);
         f(first, rows, &mut logits[..rows * vocab]);
+    }
+    if logits.len() >= FREED_LOGITS_MIN {
+        logits.free();
     }
 }
 

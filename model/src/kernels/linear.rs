@@ -159,6 +159,15 @@ simd_fn! {
     }
 }
 
+/// `dw = dy^T x`, or added to dw; dy `[m, out]`, x `[m, in]`.
+pub(crate) fn weight_gradient(dw: &mut [f32], into: Into, dy: View<'_>, x: View<'_>, precision: Precision) {
+    let dw = ViewMut::new(dw, dy.cols, x.cols);
+    match precision.kernel() {
+        Some(kernel) => bf16::product(kernel, dw, into, dy.t(), Right::Values(x)),
+        None => product(dw, into, dy.t(), x, 1.0),
+    }
+}
+
 impl LowRank<'_> {
     /// `x A^T`, `[rows of x, rank]`.
     pub(crate) fn project(&self, x: &[f32]) -> Buffer {
@@ -204,7 +213,8 @@ impl Linear<'_> {
         let m = dy.len() / n;
         let dy_view = View::new(dy, m, n);
         if let Some(dw) = gradients.weight.as_deref_mut() {
-            product(ViewMut::new(dw, n, k), Into::Overwrite, dy_view.t(), View::new(x, m, k), 1.0);
+            let input = View::new(x, m, k);
+            weight_gradient(dw, Into::Overwrite, dy_view, input, self.precision);
         }
         if let Some((dx, into)) = &mut dx {
             self.weight.backward_input(dy, dx, *into, self.precision);

@@ -59,8 +59,18 @@ impl Pool {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.0);
+        if values.capacity() == 0 {
+            return;
+        }
         // A buffer that outlives its thread's locals is simply freed.
         let _ = POOL.try_with(|pool| pool.borrow_mut().give(values));
+    }
+}
+
+impl Buffer {
+    /// Gives the memory back to the system in place of the thread's pool.
+    pub(crate) fn free(mut self) {
+        drop(std::mem::take(&mut self.0));
     }
 }
 
@@ -80,6 +90,13 @@ impl DerefMut for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_freed_buffer_is_not_kept() {
+        release_pool();
+        buffer(3000).free();
+        assert!(POOL.with_borrow(|pool| pool.0.is_empty()));
+    }
 
     #[test]
     fn a_dropped_buffer_is_handed_out_again() {

@@ -191,7 +191,7 @@ enum Lefts<'a> {
 
 impl<'a> Lefts<'a> {
     /// From a row on that starts a block of rows.
-    fn from_row(self, row: usize, depth: usize, rows_at_once: usize) -> Left<'a> {
+    fn at_row(self, row: usize, depth: usize, rows_at_once: usize) -> Left<'a> {
         match self {
             Self::InPlace(left) => Left { values: &left.values[row * left.row_stride..], ..left },
             Self::Blocks(values) => {
@@ -216,7 +216,7 @@ fn multiply_tile(kernel: Kernel, all: Block, lefts: Lefts<'_>, tile: &[f32], out
                     cols: panel_columns.min(all.cols - column),
                     ..all
                 };
-                let left = lefts.from_row(row, all.depth, rows_at_once);
+                let left = lefts.at_row(row, all.depth, rows_at_once);
                 kernel.multiply(block, left, panel, &mut out[row * all.stride + column..]);
             }
         }
@@ -251,7 +251,12 @@ fn pack(
 ) {
     let (rows, transposed) = right.rest();
     if transposed {
-        pack_transposed(kernel, rows, Part { first_row: column, rows: cols, first_col: first, cols: len }, tile);
+        pack_transposed(
+            kernel,
+            rows,
+            Part { first_row: column, rows: cols, first_col: first, cols: len },
+            tile,
+        );
     } else {
         pack_rows(kernel, rows, Part { first_row: first, rows: len, first_col: column, cols }, tile);
     }

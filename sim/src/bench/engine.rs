@@ -8,11 +8,13 @@ use crate::run::peak_rss_mib;
 use crate::tools::{open_adapter, sequence};
 use anyhow::{Context, Result, ensure};
 use fleetune_model::{
+    SimdLevel,
     adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
     config::Projection,
     generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
+    limit_simd,
     train::{
         LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, Trainer, TrainerOptions,
         budget::Fit, fine_tune,
@@ -60,6 +62,9 @@ pub struct TrainArgs {
     /// Most memory in MB by prediction; 0: no bound.
     #[arg(long, default_value_t = 0)]
     pub memory_mb: u64,
+    /// Widest vector instructions used: to compare with other programs at equal instructions.
+    #[arg(long, value_enum, default_value_t = Simd::Best)]
+    pub simd: Simd,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
@@ -79,6 +84,29 @@ impl TrainEngine {
         match self {
             Self::Native => "native",
             Self::Generic => "generic",
+        }
+    }
+}
+
+/// Vector instructions.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Simd {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512.
+    Avx512,
+    /// The widest that the processor has.
+    Best,
+}
+
+impl Simd {
+    fn limit(self) {
+        match self {
+            Self::Portable => limit_simd(SimdLevel::Portable),
+            Self::Avx2 => limit_simd(SimdLevel::Avx2),
+            Self::Avx512 | Self::Best => limit_simd(SimdLevel::Avx512),
         }
     }
 }
@@ -127,6 +155,7 @@ pub struct InferArgs {
 /// Measures and prints; of several engines also how their times compare with the first one's.
 pub(super) fn train(args: &TrainArgs) -> Result<()> {
     ensure!(args.steps > 0, "--steps: at least 1");
+    args.simd.limit();
     let base = Arc::new(open(&args.model)?);
     let parse = |name: &String| Projection::from_name(name).with_context(|| format!("--targets: {name:?}"));
     let mut targets = args.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;

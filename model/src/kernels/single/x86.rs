@@ -26,8 +26,14 @@ const ROWS_A_POINTER: usize = 4;
 fn assert_inside(block: Block, left: Left<'_>, panel: &[f32], panel_columns: usize, out: &[f32]) {
     let last = block.rows - 1;
     assert!(block.depth > 0 && (1..=panel_columns).contains(&block.cols), "not empty");
-    assert!(last * left.row_stride + (block.depth - 1) * left.depth_stride < left.values.len(), "left factor");
-    assert!(block.depth * panel_columns <= panel.len() && last * block.stride + block.cols <= out.len(), "output");
+    assert!(
+        last * left.row_stride + (block.depth - 1) * left.depth_stride < left.values.len(),
+        "left factor"
+    );
+    assert!(
+        block.depth * panel_columns <= panel.len() && last * block.stride + block.cols <= out.len(),
+        "output"
+    );
 }
 
 /// Calls the version of a kernel for the block's rows.
@@ -174,7 +180,12 @@ unsafe fn avx2<const M: usize, const R: usize>(block: Block, left: Left<'_>, pan
 /// # Safety
 /// As above.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-unsafe fn avx512<const M: usize, const R: usize>(block: Block, left: Left<'_>, panel: &[f32], out: &mut [f32]) {
+unsafe fn avx512<const M: usize, const R: usize>(
+    block: Block,
+    left: Left<'_>,
+    panel: &[f32],
+    out: &mut [f32],
+) {
     let mut sums = [[_mm512_setzero_ps(); R]; M];
     let (mut a, mut b) = (Cursor::new(left), panel.as_ptr());
     for i in 0..M {
