@@ -246,6 +246,18 @@ impl WeightMatrix {
         dequantize::dequantize(self.format, &bytes[first_row * row..][..rows * row], dst);
     }
 
+    /// Expands values of a row from column `first_col`, the first of a stored block, on. `dst` holds whole blocks.
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) fn dequantize_columns(&self, row: usize, first_col: usize, dst: &mut [f32]) {
+        let (values, bytes) = self.format.block();
+        let (first, count) = (row * self.cols + first_col, dst.len());
+        assert!(
+            first_col + count <= self.cols && first.is_multiple_of(values) && count.is_multiple_of(values)
+        );
+        let stored = &self.as_bytes()[first / values * bytes..][..count / values * bytes];
+        dequantize::dequantize(self.format, stored, dst);
+    }
+
     /// Gives back the memory of a weight that lies in a mapped file, until it is read again.
     pub(crate) fn release(&self) {
         match &self.storage {

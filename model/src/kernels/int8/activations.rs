@@ -1,5 +1,7 @@
 //! Activations in 8 bits: each block of 32 values has its own scale, the largest magnitude over 127.
 
+#[cfg(target_arch = "aarch64")]
+use super::{neon::Rows, neon_i8mm::Pairs};
 use crate::kernels::simd::simd_fn;
 use crate::weights::BLOCK;
 
@@ -16,6 +18,9 @@ pub(crate) struct Quantized {
     pub(super) sums: Vec<i32>,
     /// Sum of the values: scale times integer sum.
     pub(super) offsets: Vec<f32>,
+    /// The same for the kernel that reads two rows at once.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) pairs: Pairs,
 }
 
 impl Quantized {
@@ -37,6 +42,12 @@ impl Quantized {
         self.sums.resize(blocks, 0);
         self.offsets.resize(blocks, 0.0);
         quantize(x, &mut self.values, &mut self.scales, &mut self.sums, &mut self.offsets);
+        #[cfg(target_arch = "aarch64")]
+        {
+            let mut pairs = std::mem::take(&mut self.pairs);
+            pairs.assign(Rows::from(self, 0), cols / BLOCK);
+            self.pairs = pairs;
+        }
     }
 
     pub(crate) fn rows(&self) -> usize {
