@@ -47,8 +47,8 @@ pub(crate) fn packs(format: WeightFormat) -> bool {
 /// Columns of a panel: four registers of 16 sums, or of four.
 const PANEL: usize = if cfg!(target_arch = "aarch64") { 16 } else { 64 };
 
-/// Rows of the output that are summed at once; with a panel, 24 registers of sums.
-const ROWS: usize = 6;
+/// Rows of the output that are summed at once; with a panel, 24 registers of sums, or 16.
+const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 6 };
 
 /// Longest stretch of the summed dimension that is packed at once.
 const DEPTH_MAX: usize = 768;

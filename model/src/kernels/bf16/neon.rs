@@ -64,11 +64,9 @@ pub(super) fn multiply(block: Block, left: Left<'_>, panel: &[u32], out: &mut [f
     unsafe {
         match (block.rows.div_ceil(2), left.pair_stride == 1) {
             (1, true) => multiply_rows::<1, true>(block, left, panel, out),
-            (2, true) => multiply_rows::<2, true>(block, left, panel, out),
-            (_, true) => multiply_rows::<3, true>(block, left, panel, out),
+            (_, true) => multiply_rows::<2, true>(block, left, panel, out),
             (1, false) => multiply_rows::<1, false>(block, left, panel, out),
-            (2, false) => multiply_rows::<2, false>(block, left, panel, out),
-            (_, false) => multiply_rows::<3, false>(block, left, panel, out),
+            (_, false) => multiply_rows::<2, false>(block, left, panel, out),
         }
     }
 }
@@ -191,14 +189,28 @@ fn transpose(source: Rows<'_>, part: Part, panels: &mut [u32]) {
             for (i, words) in words.iter_mut().enumerate() {
                 stretch(source, part, row + i, col, words);
             }
-            let lines = panel[col / 2 * PANEL..].chunks_exact_mut(PANEL).take(STRETCH / 2);
-            for (j, line) in lines.enumerate() {
-                // Compiled to 4 x 4 transposes by itself.
-                let four: [u32; LANES] = std::array::from_fn(|i| words[i][j]);
-                line[row % PANEL..][..LANES].copy_from_slice(&four);
+            let lines = panel[col / 2 * PANEL..].chunks_mut(LANES * PANEL).take(STRETCH / 2 / LANES);
+            for (group, lines) in lines.enumerate() {
+                let rows = words.each_ref().map(|words| load(&words[group * LANES..][..LANES]));
+                for (line, column) in lines.chunks_exact_mut(PANEL).zip(transposed(rows)) {
+                    store(&mut line[row % PANEL..][..LANES], column);
+                }
             }
         }
     }
+}
+
+/// The 4 x 4 transpose of words.
+#[inline]
+#[target_feature(enable = "neon")]
+fn transposed([a, b, c, d]: [uint32x4_t; LANES]) -> [uint32x4_t; LANES] {
+    let (low, high) = ([vzip1q_u32(a, c), vzip1q_u32(b, d)], [vzip2q_u32(a, c), vzip2q_u32(b, d)]);
+    [
+        vzip1q_u32(low[0], low[1]),
+        vzip2q_u32(low[0], low[1]),
+        vzip1q_u32(high[0], high[1]),
+        vzip2q_u32(high[0], high[1]),
+    ]
 }
 
 /// The values of a row of the part from column `col` of the part on, rounded; zero where the part has none.
@@ -217,11 +229,9 @@ fn stretch(source: Rows<'_>, part: Part, row: usize, col: usize, words: &mut Wor
         Rows::Stored(w) => w.dequantize_columns(row, col, &mut values[..count]),
     }
     for (words, values) in words.as_chunks_mut::<LANES>().0.iter_mut().zip(values.as_chunks::<8>().0) {
-        // SAFETY: eight values and four words.
-        unsafe {
-            let (low, high) = (vld1q_f32(values.as_ptr()), vld1q_f32(values[LANES..].as_ptr()));
-            vst1q_u32(words.as_mut_ptr(), rounded(low, high));
-        }
+        // SAFETY: a register from each half of eight values.
+        let (low, high) = unsafe { (vld1q_f32(values.as_ptr()), vld1q_f32(values[LANES..].as_ptr())) };
+        store(words, rounded(low, high));
     }
 }
 
@@ -229,16 +239,29 @@ fn stretch(source: Rows<'_>, part: Part, row: usize, col: usize, words: &mut Wor
 #[inline]
 #[target_feature(enable = "neon")]
 fn zip(first: &[u32], second: &[u32], line: &mut [u32]) {
-    let halves = first.as_chunks::<LANES>().0.iter().zip(second.as_chunks::<LANES>().0);
-    for ((first, second), out) in halves.zip(line.as_chunks_mut::<{ 2 * LANES }>().0) {
-        // SAFETY: four words of each row, and eight of the line.
-        unsafe {
-            let first = vreinterpretq_u16_u32(vld1q_u32(first.as_ptr()));
-            let second = vreinterpretq_u16_u32(vld1q_u32(second.as_ptr()));
-            vst1q_u32(out.as_mut_ptr(), vreinterpretq_u32_u16(vzip1q_u16(first, second)));
-            vst1q_u32(out[LANES..].as_mut_ptr(), vreinterpretq_u32_u16(vzip2q_u16(first, second)));
-        }
+    let halves = first.chunks_exact(LANES).zip(second.chunks_exact(LANES));
+    for ((first, second), out) in halves.zip(line.chunks_exact_mut(2 * LANES)) {
+        let (first, second) = (vreinterpretq_u16_u32(load(first)), vreinterpretq_u16_u32(load(second)));
+        let (low, high) = out.split_at_mut(LANES);
+        store(low, vreinterpretq_u32_u16(vzip1q_u16(first, second)));
+        store(high, vreinterpretq_u32_u16(vzip2q_u16(first, second)));
     }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn load(from: &[u32]) -> uint32x4_t {
+    assert!(from.len() == LANES, "a register of words");
+    // SAFETY: the slice is as long as a register.
+    unsafe { vld1q_u32(from.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn store(to: &mut [u32], words: uint32x4_t) {
+    assert!(to.len() == LANES, "a register of words");
+    // SAFETY: the slice is as long as a register.
+    unsafe { vst1q_u32(to.as_mut_ptr(), words) }
 }
 
 /// Eight values rounded, `low` first.

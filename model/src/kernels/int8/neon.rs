@@ -2,7 +2,7 @@
 //! activations at a time, on every 64-bit ARM processor; `neon_i8mm.rs` two, where there are matrix products.
 //!
 //! A quarter of a panel is four rows: a register holds four columns of each, and eight registers a block. They are
-//! unpacked once for up to 8 rows of activations. Sums are taken in the order of the other vector kernels, so all of
+//! unpacked once for some rows of activations. Sums are taken in the order of the other vector kernels, so all of
 //! them give the same bits. What std has no stable function for is written as an instruction.
 #![allow(unsafe_code, reason = "vector instructions on pointers; each entry checks features and lengths")]
 
@@ -12,9 +12,6 @@ use std::arch::asm;
 use super::pack::{Form, PANEL};
 use super::{Panel, Quantized};
 use crate::weights::BLOCK;
-
-/// Rows of activations of a tile, at most.
-const TILE: usize = 8;
 
 /// [`Form`] as a constant parameter.
 pub(super) const MINIMUM: u8 = 0;
@@ -67,10 +64,12 @@ pub(super) struct Tile {
     rows: usize,
 }
 
-/// Checks every length that the tiles rely on, and runs them: of 8 rows, then 4, 2 and 1 of those that are left.
+/// Checks every length that the tiles rely on, and runs them: of `most` rows (a power of two), then of the largest
+/// powers of two that are left.
 pub(super) fn for_each_tile(
     panel: Panel<'_>,
     x: Rows<'_>,
+    most: usize,
     y: &mut [f32],
     stride: usize,
     run: impl Fn(Tile, usize),
@@ -84,7 +83,7 @@ pub(super) fn for_each_tile(
     let mut first = 0;
     while first < x.count {
         let left = x.count - first;
-        let take = if left >= TILE { TILE } else { 1 << left.ilog2() };
+        let take = if left >= most { most } else { 1 << left.ilog2() };
         let tile = Tile {
             panel: panel.lines.as_ptr().cast(),
             blocks,

@@ -21,17 +21,18 @@ pub(super) fn has_dot() -> bool {
     has_neon() && is_aarch64_feature_detected!("dotprod")
 }
 
-/// The panel with an entry below, `fn<ROWS, QUARTERS, FORM>(tile, first quarter)`: the more rows of activations, the
-/// fewer quarters at once, so that eight registers hold the sums.
+/// The panel with an entry below, `fn<ROWS, QUARTERS, FORM>(tile, first quarter)`: the fewer rows of activations, the
+/// more quarters at once, so that four sums or more are on their way together. A tile has 8 rows at most with dot
+/// products, and 4 with baseline NEON, which needs more registers for each.
 macro_rules! tiles {
-    ($entry:ident, $form:ident, $panel:expr, $x:expr, $y:expr, $stride:expr) => {
+    ($entry:ident, $form:ident, $most:expr, $panel:expr, $x:expr, $y:expr, $stride:expr) => {
         // SAFETY: the caller has detected the features, and `for_each_tile` has checked that the panel and the tile's
         // rows of activations and sums lie inside their slices. A panel has four quarters.
-        for_each_tile($panel, $x, $y, $stride, |tile, take| unsafe {
+        for_each_tile($panel, $x, $most, $y, $stride, |tile, take| unsafe {
             match take {
                 8 => (0..4).for_each(|quarter| $entry::<8, 1, { $form }>(tile, quarter)),
-                4 => (0..4).step_by(2).for_each(|quarter| $entry::<4, 2, { $form }>(tile, quarter)),
-                2 => $entry::<2, 4, { $form }>(tile, 0),
+                4 => (0..4).for_each(|quarter| $entry::<4, 1, { $form }>(tile, quarter)),
+                2 => (0..4).step_by(2).for_each(|quarter| $entry::<2, 2, { $form }>(tile, quarter)),
                 _ => $entry::<1, 4, { $form }>(tile, 0),
             }
         })
@@ -43,9 +44,9 @@ pub(super) fn panel_neon(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride:
     assert!(has_neon());
     let x = Rows::from(x, 0);
     match panel.form {
-        Form::NibblesMinimum => tiles!(neon, MINIMUM, panel, x, y, stride),
-        Form::Nibbles => tiles!(neon, NIBBLES, panel, x, y, stride),
-        Form::Bytes => tiles!(neon, BYTES, panel, x, y, stride),
+        Form::NibblesMinimum => tiles!(neon, MINIMUM, 4, panel, x, y, stride),
+        Form::Nibbles => tiles!(neon, NIBBLES, 4, panel, x, y, stride),
+        Form::Bytes => tiles!(neon, BYTES, 4, panel, x, y, stride),
     }
 }
 
@@ -54,9 +55,9 @@ pub(super) fn panel_dot(panel: Panel<'_>, x: &Quantized, first: usize, y: &mut [
     assert!(has_dot());
     let (x, y) = (Rows::from(x, first), y.get_mut(first * stride..).unwrap_or_default());
     match panel.form {
-        Form::NibblesMinimum => tiles!(dot, MINIMUM, panel, x, y, stride),
-        Form::Nibbles => tiles!(dot, NIBBLES, panel, x, y, stride),
-        Form::Bytes => tiles!(dot, BYTES, panel, x, y, stride),
+        Form::NibblesMinimum => tiles!(dot, MINIMUM, 8, panel, x, y, stride),
+        Form::Nibbles => tiles!(dot, NIBBLES, 8, panel, x, y, stride),
+        Form::Bytes => tiles!(dot, BYTES, 8, panel, x, y, stride),
     }
 }
 
@@ -91,15 +92,22 @@ unsafe fn run<const T: usize, const Q: usize, const FORM: u8>(
             for (q, acc) in acc.iter_mut().enumerate() {
                 let part = tile.quarter::<FORM>(block, quarter + q);
                 let w = unpacked::<FORM>(part.lines);
-                for (t, acc) in acc.iter_mut().enumerate() {
-                    let at = t * tile.blocks + block;
-                    let start = if FORM == NIBBLES { -8 * *tile.sums.add(at) } else { 0 };
-                    let dot = vcvtq_f32_s32(dots(vdupq_n_s32(start), &w, tile.values.add(at * BLOCK)));
-                    *acc = vfmaq_f32(*acc, dot, vmulq_n_f32(part.scales, *tile.scales.add(at)));
-                    if FORM == MINIMUM {
-                        *acc = vfmaq_n_f32(*acc, part.minima, *tile.offsets.add(at));
-                    }
+                // A loop is not unrolled by itself, and its sums would lie in memory.
+                macro_rules! rows {
+                    ($($t:literal)*) => {
+                        $(if $t < T {
+                            let at = $t * tile.blocks + block;
+                            let start = if FORM == NIBBLES { -8 * *tile.sums.add(at) } else { 0 };
+                            let dot = dots(vdupq_n_s32(start), &w, tile.values.add(at * BLOCK));
+                            let scale = vmulq_n_f32(part.scales, *tile.scales.add(at));
+                            acc[$t] = vfmaq_f32(acc[$t], vcvtq_f32_s32(dot), scale);
+                            if FORM == MINIMUM {
+                                acc[$t] = vfmaq_n_f32(acc[$t], part.minima, *tile.offsets.add(at));
+                            }
+                        })*
+                    };
                 }
+                rows!(0 1 2 3 4 5 6 7);
             }
         }
         for (q, acc) in acc.iter().enumerate() {

@@ -69,11 +69,11 @@ pub(super) fn panel_i8mm(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride:
             // SAFETY: the features were just detected, and `for_each_tile` has checked that the panel and the tile's
             // rows of activations and sums lie inside their slices. An even number of rows is cut into even tiles; a
             // panel has four quarters.
-            for_each_tile(panel, x.pairs.rows(even), y, stride, |tile, take| unsafe {
+            for_each_tile(panel, x.pairs.rows(even), 8, y, stride, |tile, take| unsafe {
                 match take {
                     8 => (0..4).for_each(|quarter| run::<4, 1, { $form }>(tile, quarter)),
-                    4 => (0..4).step_by(2).for_each(|quarter| run::<2, 2, { $form }>(tile, quarter)),
-                    _ => run::<1, 4, { $form }>(tile, 0),
+                    4 => (0..4).for_each(|quarter| run::<2, 1, { $form }>(tile, quarter)),
+                    _ => (0..4).step_by(2).for_each(|quarter| run::<1, 2, { $form }>(tile, quarter)),
                 }
             })
         };
