@@ -19,3 +19,4 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod scratch;
 pub(crate) mod simd;
+pub(crate) mod single;

@@ -27,6 +27,8 @@ pub mod adapter_formats;
 mod kernels;
 mod ops;
 
+pub use kernels::simd::{SimdLevel, limit_simd};
+
 pub mod batch;
 pub mod chat;
 mod decoder;

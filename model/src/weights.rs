@@ -246,16 +246,17 @@ impl WeightMatrix {
         dequantize::dequantize(self.format, &bytes[first_row * row..][..rows * row], dst);
     }
 
-    /// Expands values of a row from column `first_col`, the first of a stored block, on. `dst` holds whole blocks.
-    #[cfg(target_arch = "aarch64")]
-    pub(crate) fn dequantize_columns(&self, row: usize, first_col: usize, dst: &mut [f32]) {
-        let (values, bytes) = self.format.block();
-        let (first, count) = (row * self.cols + first_col, dst.len());
-        assert!(
-            first_col + count <= self.cols && first.is_multiple_of(values) && count.is_multiple_of(values)
-        );
-        let stored = &self.as_bytes()[first / values * bytes..][..count / values * bytes];
-        dequantize::dequantize(self.format, stored, dst);
+    /// Expands part of a row from column `first_col` into all of `dst`; both ends lie between blocks.
+    pub(crate) fn dequantize_span(&self, row: usize, first_col: usize, dst: &mut [f32]) {
+        assert!(row < self.rows && first_col + dst.len() <= self.cols, "columns of row {row}");
+        if let Some(values) = self.as_f32() {
+            return dst.copy_from_slice(&values[row * self.cols + first_col..][..dst.len()]);
+        }
+        let (block, bytes_each) = self.format.block();
+        assert!(first_col.is_multiple_of(block) && dst.len().is_multiple_of(block), "whole blocks");
+        let first = (row * self.cols + first_col) / block * bytes_each;
+        let bytes = &self.as_bytes()[first..][..dst.len() / block * bytes_each];
+        dequantize::dequantize(self.format, bytes, dst);
     }
 
     /// Gives back the memory of a weight that lies in a mapped file, until it is read again.

@@ -89,7 +89,7 @@ pub(crate) enum Right<'a> {
 
 /// Rows of a matrix as they rest; a packer reads `GROUP` values of a row at a time.
 #[derive(Debug, Clone, Copy)]
-enum Rows<'a> {
+pub(super) enum Rows<'a> {
     Values { data: &'a [f32], stride: usize },
     Stored(&'a WeightMatrix),
 }
@@ -200,7 +200,7 @@ impl Kernel {
 }
 
 impl<'a> Right<'a> {
-    fn shape(&self) -> (usize, usize) {
+    pub(super) fn shape(&self) -> (usize, usize) {
         match self {
             Self::Values(view) => (view.rows, view.cols),
             Self::Stored(w) => (w.rows(), w.cols()),
@@ -209,7 +209,7 @@ impl<'a> Right<'a> {
     }
 
     /// The rows as they rest, and whether the product sums over their columns.
-    fn rest(&self) -> (Rows<'a>, bool) {
+    pub(super) fn rest(&self) -> (Rows<'a>, bool) {
         match self {
             Self::Values(view) => Rows::of(view),
             Self::Stored(w) => (Rows::Stored(w), false),

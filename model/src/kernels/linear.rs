@@ -1,20 +1,20 @@
 //! Linear projections: `y = x W^T`, with W stored or trained, and LoRA's side branch.
 //!
-//! A quantized W is expanded a tile of rows at a time; it never exists as a whole in f32.
+//! A quantized W is expanded a tile at a time; it never exists as a whole in f32.
 //! LoRA (Hu et al. 2021) in PEFT's orientation: `y += scale * (x A^T) B^T`, A `[rank, in]`, B `[out, rank]`.
 
 use super::bf16::{self, Precision, Right};
 use super::matrix::{Into, View, ViewMut, product};
 use super::scratch::{Buffer, buffer};
 use super::simd::{dot, simd_fn};
+use super::single;
 use crate::weights::WeightMatrix;
 
 /// Rows of x up to which a product is done by dot products over tiles that stay in the first-level cache.
 const FEW_ROWS: usize = 4;
 
-/// Values of an expanded tile for a product of many rows (1 MiB) and of few rows (32 KiB).
-const TILE_VALUES: usize = 1 << 18;
-const SMALL_TILE_VALUES: usize = 1 << 13;
+/// Values of an expanded tile for a product of few rows: 32 KiB.
+const TILE_VALUES: usize = 1 << 13;
 
 /// A weight `[rows = out, cols = in]`.
 #[derive(Debug, Clone, Copy)]
@@ -78,8 +78,7 @@ impl<'a> Weight<'a> {
         let (n, k) = (self.rows(), self.cols());
         let m = x.len() / k;
         if m <= FEW_ROWS {
-            return self
-                .for_each_tile(SMALL_TILE_VALUES, |first, tile| dot_tile(x, tile, k, &mut y[first..], n));
+            return self.for_each_tile(|first, tile| dot_tile(x, tile, k, &mut y[first..], n));
         }
         if let Some(kernel) = self.kernel(precision) {
             let left = View::new(x, m, k);
@@ -91,11 +90,8 @@ impl<'a> Weight<'a> {
                 self.right_transposed(),
             );
         }
-        self.for_each_tile(TILE_VALUES, |first, tile| {
-            let rows = tile.len() / k;
-            let out = ViewMut::strided(&mut y[first..], m, rows, n);
-            product(out, Into::Overwrite, View::new(x, m, k), View::new(tile, rows, k).t(), 1.0);
-        });
+        let (kernel, left) = (single::Kernel::detect(), View::new(x, m, k));
+        single::product(kernel, ViewMut::new(y, m, n), Into::Overwrite, left, self.right_transposed(), 1.0);
     }
 
     /// `dx = dy W`, or added to dx; dy `[m, rows]`, dx `[m, cols]`.
@@ -106,12 +102,8 @@ impl<'a> Weight<'a> {
             let left = View::new(dy, m, n);
             return bf16::product(kernel, ViewMut::new(dx, m, k), into, left, self.right());
         }
-        self.for_each_tile(TILE_VALUES, |first, tile| {
-            let rows = tile.len() / k;
-            let into = if first == 0 { into } else { Into::Add };
-            let dy = View::strided(&dy[first..], m, rows, n);
-            product(ViewMut::new(dx, m, k), into, dy, View::new(tile, rows, k), 1.0);
-        });
+        let (kernel, left) = (single::Kernel::detect(), View::new(dy, m, n));
+        single::product(kernel, ViewMut::new(dx, m, k), into, left, self.right(), 1.0);
     }
 
     fn right(&self) -> Right<'a> {
@@ -137,7 +129,7 @@ impl<'a> Weight<'a> {
     }
 
     /// Calls `f(first row, values of the rows)`: once for f32 weights, tile by tile for others.
-    fn for_each_tile(&self, tile_values: usize, mut f: impl FnMut(usize, &[f32])) {
+    fn for_each_tile(&self, mut f: impl FnMut(usize, &[f32])) {
         let stored = match self {
             Weight::Trained { values, .. } => return f(0, values),
             Weight::Stored(w) => *w,
@@ -146,7 +138,7 @@ impl<'a> Weight<'a> {
             return f(0, values);
         }
         let (n, k) = (stored.rows(), stored.cols());
-        let tile_rows = (tile_values / k).next_multiple_of(16).min(n);
+        let tile_rows = (TILE_VALUES / k).next_multiple_of(16).min(n);
         let mut tile = buffer(tile_rows * k);
         for first in (0..n).step_by(tile_rows) {
             let rows = tile_rows.min(n - first);

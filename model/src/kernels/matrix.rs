@@ -1,5 +1,7 @@
-//! Strided matrix views over slices and the one matrix product, safe on the outside.
-#![allow(unsafe_code, reason = "the gemm crate takes raw pointers; the views check the bounds")]
+//! Strided matrix views over slices, and the product of two of them.
+
+use super::bf16::Right;
+use super::single;
 
 /// A read-only matrix inside a slice.
 #[derive(Debug, Clone, Copy)]
@@ -74,41 +76,7 @@ pub(crate) enum Into {
 
 /// `out = alpha * left * right`, or added to `out`. Single-threaded.
 pub(crate) fn product(out: ViewMut<'_>, into: Into, left: View<'_>, right: View<'_>, alpha: f32) {
-    assert!(
-        out.rows == left.rows && out.cols == right.cols && left.cols == right.rows,
-        "product [{}, {}] * [{}, {}] into [{}, {}]",
-        left.rows,
-        left.cols,
-        right.rows,
-        right.cols,
-        out.rows,
-        out.cols,
-    );
-    let add = into == Into::Add;
-    // SAFETY: each view was checked to lie inside its slice, `out` is borrowed uniquely, and the shapes agree.
-    unsafe {
-        gemm::gemm(
-            out.rows,
-            out.cols,
-            left.cols,
-            out.data.as_mut_ptr(),
-            1,
-            out.row_stride as isize,
-            add,
-            left.data.as_ptr(),
-            left.col_stride as isize,
-            left.row_stride as isize,
-            right.data.as_ptr(),
-            right.col_stride as isize,
-            right.row_stride as isize,
-            if add { 1.0 } else { 0.0 },
-            alpha,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    single::product(single::Kernel::detect(), out, into, left, Right::Values(right), alpha);
 }
 
 #[cfg(test)]

@@ -1,14 +1,44 @@
 //! Run-time choice of the instruction set for element-wise loops.
 //!
 //! `simd_fn!` compiles one safe loop three times (AVX-512, AVX2, the target's baseline) and picks once per
-//! call. Sums keep 32 fixed lanes and nothing is fused, so all three versions give the same bits. The matrix
-//! product has its own dispatch inside the `gemm` crate.
+//! call. Sums keep 32 fixed lanes and nothing is fused, so all three versions give the same bits. [`limit_simd`]
+//! holds every choice of this crate below a level.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Instruction sets that the kernels are written for, from the most portable to the widest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SimdLevel {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 with what goes with it (BW, VL, DQ; VNNI and BF16 where the processor has them).
+    Avx512,
+}
+
+/// The widest level that kernels may use; all by default.
+static WIDEST: AtomicU8 = AtomicU8::new(SimdLevel::Avx512 as u8);
+
+/// Lets the kernels of this process use nothing wider than `level`: for measuring at equal instructions. What the
+/// processor does not have stays unused. Call it before any work: an engine keeps what it chose.
+pub fn limit_simd(level: SimdLevel) {
+    WIDEST.store(level as u8, Ordering::Relaxed);
+}
+
+/// Whether kernels of that level may be used.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn allowed(level: SimdLevel) -> bool {
+    WIDEST.load(Ordering::Relaxed) >= level as u8
+}
 
 /// Whether the processor has the AVX-512 subset the kernels are compiled for.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn has_avx512() -> bool {
-    std::is_x86_feature_detected!("avx512f")
+    allowed(SimdLevel::Avx512)
+        && std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512vl")
         && std::is_x86_feature_detected!("avx512dq")
@@ -19,7 +49,9 @@ pub(crate) fn has_avx512() -> bool {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn has_avx2() -> bool {
-    std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
+    allowed(SimdLevel::Avx2)
+        && std::is_x86_feature_detected!("avx2")
+        && std::is_x86_feature_detected!("fma")
 }
 
 macro_rules! simd_fn {

@@ -3,20 +3,20 @@
 
 #![allow(unsafe_code, reason = "calls of functions compiled for instruction sets found at run time")]
 
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::simd::{has_avx2, has_avx512};
+
 use super::{BLOCK, K_BLOCK, WeightFormat};
 
 /// Expands whole blocks of any format; `dst` is as long as the values that `bytes` hold.
 pub(super) fn dequantize(format: WeightFormat, bytes: &[u8], dst: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-        {
+        if has_avx512() {
             // SAFETY: the processor has the features that the function is compiled for.
             return unsafe { dequantize_avx512(format, bytes, dst) };
         }
-        if is_x86_feature_detected!("avx2") {
+        if has_avx2() {
             // SAFETY: as above.
             return unsafe { dequantize_avx2(format, bytes, dst) };
         }
@@ -208,7 +208,7 @@ mod tests {
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&dispatched), bits(&portable), "{format:?}");
             #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") {
+            if has_avx2() {
                 // SAFETY: the feature was just found.
                 unsafe { dequantize_avx2(format, &stored, &mut dispatched) };
                 assert_eq!(bits(&dispatched), bits(&portable), "{format:?} on AVX2");

@@ -226,7 +226,7 @@ fn stretch(source: Rows<'_>, part: Part, row: usize, col: usize, words: &mut Wor
         Rows::Values { data, stride } => {
             values[..count].copy_from_slice(&data[row * stride + col..][..count]);
         }
-        Rows::Stored(w) => w.dequantize_columns(row, col, &mut values[..count]),
+        Rows::Stored(w) => w.dequantize_span(row, col, &mut values[..count]),
     }
     for (words, values) in words.as_chunks_mut::<LANES>().0.iter_mut().zip(values.as_chunks::<8>().0) {
         // SAFETY: a register from each half of eight values.
