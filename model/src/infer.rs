@@ -3,7 +3,7 @@
 //!
 //! One [`Engine`] serves many [`Sequence`]s, each with an adapter of its own or none. [`Engine::read`] takes
 //! new tokens of several sequences at once: the products with the base are done for all of them together.
-//! Weights in Q4_0, Q4_1 and Q8_0 are multiplied in 8 bits ([`crate::kernels`]'s `int8`); others in f32.
+//! Quantized weights are multiplied in 8 bits ([`crate::kernels`]'s `int8`); others in f32.
 
 mod adapter;
 mod cache;
@@ -30,6 +30,8 @@ use matrix::{Input, Matrix};
 
 /// Tokens that run through the layers together.
 const PASS_TOKENS: usize = 256;
+/// Rows of embeddings read at once after which their file's pages are given back.
+const RELEASE_ROWS: usize = 16;
 /// Rows whose logits exist together when text is scored.
 const SCORED_ROWS: usize = 32;
 
@@ -64,8 +66,8 @@ struct Piece {
 }
 
 impl Engine {
-    /// Packs the quantized weights: that takes about a millisecond for each megabyte of them, and as much memory
-    /// again.
+    /// Packs the quantized weights, on a few threads for a moment: that takes about half a millisecond of CPU time
+    /// for each megabyte of them, and as much memory again, beside which those of a mapped file are given back.
     #[must_use]
     pub fn new(base: Arc<BaseModel>) -> Self {
         let projections = base.layers.iter().flat_map(|layer| &layer.projections);
@@ -189,7 +191,7 @@ impl Engine {
         let mut x = buffer(rows * width);
         for piece in pieces {
             let out = &mut x[piece.rows.start * width..piece.rows.end * width];
-            embed(&self.base, &spans[piece.span].ids[piece.ids.clone()], out);
+            self.embed(&spans[piece.span].ids[piece.ids.clone()], out);
         }
         let mut input = Input::default();
         for layer in 0..self.layers.len() {
@@ -201,6 +203,22 @@ impl Engine {
             span.sequence.ids.extend(&span.ids[piece.ids.clone()]);
             let rows = &x[piece.rows.start * width..piece.rows.end * width];
             take(piece.span, piece.ids.end == span.ids.len(), rows);
+        }
+    }
+
+    /// Embeddings of ids. Rows of a packed head are taken from there: reading them from the file would bring its
+    /// pages back into memory.
+    fn embed(&self, ids: &[u32], out: &mut [f32]) {
+        let Some(packed) = self.head.packed().filter(|_| self.base.output.is_none()) else {
+            embed(&self.base, ids, out);
+            // A token a time costs little memory, and giving it back too much time.
+            if ids.len() > RELEASE_ROWS {
+                self.base.token_embedding.release();
+            }
+            return;
+        };
+        for (id, row) in ids.iter().zip(out.chunks_exact_mut(self.base.config.hidden)) {
+            packed.row(*id as usize, row);
         }
     }
 

@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use crate::bytes::SharedBytes;
 use crate::error::WeightError;
+pub(crate) use dequantize::six_bit_pair;
 
 /// Values in one block of the plain quantized formats.
 pub(crate) const BLOCK: usize = 32;

@@ -16,6 +16,8 @@ use crate::weights::WeightFormat;
 
 /// Bytes of a file from which its hash is taken on a thread of its own.
 const HASHED_BESIDE: usize = 1 << 22;
+/// Bytes of a mapped file that are in memory for its hash.
+const HASHED_AT_ONCE: usize = 1 << 20;
 const ARCHITECTURE: &str = "llama";
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 const TOKEN_EMBEDDING: &str = "token_embd.weight";
@@ -43,7 +45,7 @@ pub(crate) fn layer_tensor(layer: usize, name: &str) -> String {
 /// Reads a base model from the bytes of a GGUF file.
 pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
     let hashed = bytes.clone();
-    let digest = move || -> [u8; 32] { Sha256::digest(hashed.as_ref()).into() };
+    let digest = move || sha256(&hashed);
     // Hashing takes as long as all the rest: half a second a gigabyte.
     let thread = (bytes.as_ref().len() > HASHED_BESIDE).then(|| thread::Builder::new().spawn(digest.clone()));
     let model = parse(bytes);
@@ -52,6 +54,18 @@ pub(crate) fn read(bytes: SharedBytes) -> Result<BaseModel, ModelError> {
         Some(Err(_)) | None => digest(),
     };
     Ok(BaseModel { sha256, ..model? })
+}
+
+/// Of all bytes; those of a mapped file are let go as soon as they are hashed.
+fn sha256(bytes: &SharedBytes) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    let mut first = 0;
+    for chunk in bytes.as_ref().chunks(HASHED_AT_ONCE) {
+        hash.update(chunk);
+        bytes.release(first..first + chunk.len());
+        first += chunk.len();
+    }
+    hash.finalize().into()
 }
 
 fn parse(bytes: SharedBytes) -> Result<BaseModel, ModelError> {

@@ -49,6 +49,14 @@ impl Matrix {
         packed.map_or(Self::Stored, Self::Packed)
     }
 
+    /// The packed copy, if there is one.
+    pub(super) fn packed(&self) -> Option<&Packed> {
+        match self {
+            Self::Packed(packed) => Some(packed),
+            Self::Stored => None,
+        }
+    }
+
     /// `x W^T`; `weight` is what the matrix was made of.
     pub(super) fn forward(&self, weight: &WeightMatrix, x: &mut Input) -> Buffer {
         let rows = x.values().len() / weight.cols();

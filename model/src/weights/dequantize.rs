@@ -131,7 +131,7 @@ fn q4_k(block: &[u8; 144], out: &mut [f32; K_BLOCK]) {
 /// in the low 6 bits of bytes 0 to 7; of the others, 4 bits of both lie in bytes 8 to 11 and 2 bits on top of
 /// the first ones.
 #[inline(always)]
-pub(super) fn six_bit_pair(packed: &[u8], j: usize) -> (u8, u8) {
+pub(crate) fn six_bit_pair(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         return (packed[j] & 63, packed[j + 4] & 63);
     }

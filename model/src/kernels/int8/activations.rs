@@ -12,10 +12,12 @@ pub(crate) struct Quantized {
     cols: usize,
     /// `[rows, cols]`.
     pub(super) values: Vec<i8>,
-    /// Of each block, `[rows, cols / 32]`, as the next two.
+    /// Of each block, `[rows, cols / 32]`, as sums and offsets.
     pub(super) scales: Vec<f32>,
     /// Sum of the integers.
     pub(super) sums: Vec<i32>,
+    /// The same of the block's first and last 16 columns, `[rows, cols / 16]`.
+    pub(super) halves: Vec<i32>,
     /// Sum of the values: scale times integer sum.
     pub(super) offsets: Vec<f32>,
     /// The same for the kernel that reads two rows at once.
@@ -41,7 +43,12 @@ impl Quantized {
         self.scales.resize(blocks, 0.0);
         self.sums.resize(blocks, 0);
         self.offsets.resize(blocks, 0.0);
-        quantize(x, &mut self.values, &mut self.scales, &mut self.sums, &mut self.offsets);
+        self.halves.resize(2 * blocks, 0);
+        quantize(x, &mut self.values, &mut self.scales, &mut self.halves);
+        let halves = self.halves.chunks_exact(2).zip(&mut self.sums);
+        halves.for_each(|(halves, sum)| *sum = halves[0] + halves[1]);
+        let blocks = self.sums.iter().zip(&self.scales).zip(&mut self.offsets);
+        blocks.for_each(|((sum, scale), offset)| *offset = *scale * *sum as f32);
         #[cfg(target_arch = "aarch64")]
         {
             let mut pairs = std::mem::take(&mut self.pairs);
@@ -69,9 +76,9 @@ impl Quantized {
 const ROUNDER: f32 = 12_582_912.0;
 
 simd_fn! {
-    fn quantize(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [i32], offsets: &mut [f32]) {
+    fn quantize(x: &[f32], values: &mut [i8], scales: &mut [f32], halves: &mut [i32]) {
         let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
-        for ((((x, q), scale), sum), offset) in blocks.zip(scales).zip(sums).zip(offsets) {
+        for (((x, q), scale), sums) in blocks.zip(scales).zip(halves.chunks_exact_mut(2)) {
             let mut lanes = [0f32; 16];
             for half in x.chunks_exact(16) {
                 for i in 0..16 {
@@ -80,14 +87,17 @@ simd_fn! {
             }
             let most = lanes.iter().fold(0f32, |m, v| m.max(*v));
             let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-            let mut total = 0i32;
-            for (q, x) in q.iter_mut().zip(x) {
-                let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
-                *q = rounded as i8;
-                total += rounded;
+            let parts = q.chunks_exact_mut(BLOCK / 2).zip(x.chunks_exact(BLOCK / 2));
+            for ((q, x), sum) in parts.zip(sums) {
+                let mut total = 0i32;
+                for (q, x) in q.iter_mut().zip(x) {
+                    let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+                    *q = rounded as i8;
+                    total += rounded;
+                }
+                *sum = total;
             }
-            (*scale, *sum) = (most / 127.0, total);
-            *offset = *scale * total as f32;
+            *scale = most / 127.0;
         }
     }
 }
@@ -110,6 +120,8 @@ mod tests {
         for (b, block) in quantized.values.chunks_exact(BLOCK).enumerate() {
             let sum: i32 = block.iter().map(|q| i32::from(*q)).sum();
             assert_eq!(quantized.sums[b], sum);
+            let second: i32 = block[BLOCK / 2..].iter().map(|q| i32::from(*q)).sum();
+            assert_eq!(quantized.halves[2 * b..2 * b + 2], [sum - second, second]);
             assert_eq!(quantized.offsets[b], quantized.scales[b] * sum as f32);
         }
         assert_eq!(quantized.values[5], -127);

@@ -8,10 +8,11 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 use std::arch::is_aarch64_feature_detected;
+use std::ops::Range;
 
-use super::neon::{BYTES, MINIMUM, NIBBLES, Rows, Tile, for_each_tile, unpacked};
+use super::form::Form;
+use super::neon::*;
 use super::neon_dot::{has_dot, panel_dot};
-use super::pack::Form;
 use super::{Panel, Quantized};
 use crate::weights::BLOCK;
 
@@ -27,6 +28,7 @@ pub(super) struct Pairs {
     values: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
+    halves: Vec<i32>,
     offsets: Vec<f32>,
 }
 
@@ -39,12 +41,13 @@ impl Pairs {
         interleave::<i8, BLOCK, 8>(x.values, blocks, &mut self.values);
         interleave::<f32, 1, 1>(x.scales, blocks, &mut self.scales);
         interleave::<i32, 1, 1>(x.sums, blocks, &mut self.sums);
+        interleave::<i32, 2, 1>(x.halves, blocks, &mut self.halves);
         interleave::<f32, 1, 1>(x.offsets, blocks, &mut self.offsets);
     }
 
     fn rows(&self, count: usize) -> Rows<'_> {
-        let Self { values, scales, sums, offsets } = self;
-        Rows { count, values, scales, sums, offsets }
+        let Self { values, scales, sums, halves, offsets } = self;
+        Rows { count, values, scales, sums, halves, offsets }
     }
 }
 
@@ -71,18 +74,14 @@ pub(super) fn panel_i8mm(panel: Panel<'_>, x: &Quantized, y: &mut [f32], stride:
             // panel has four quarters.
             for_each_tile(panel, x.pairs.rows(even), 8, y, stride, |tile, take| unsafe {
                 match take {
-                    8 => (0..4).for_each(|quarter| run::<4, 1, { $form }>(tile, quarter)),
-                    4 => (0..4).for_each(|quarter| run::<2, 1, { $form }>(tile, quarter)),
-                    _ => (0..4).step_by(2).for_each(|quarter| run::<1, 2, { $form }>(tile, quarter)),
+                    8 => (0..4).for_each(|quarter| run::<4, 1, $form>(tile, quarter)),
+                    4 => (0..4).for_each(|quarter| run::<2, 1, $form>(tile, quarter)),
+                    _ => (0..4).step_by(2).for_each(|quarter| run::<1, 2, $form>(tile, quarter)),
                 }
             })
         };
     }
-    match panel.form {
-        Form::NibblesMinimum => tiles!(MINIMUM),
-        Form::Nibbles => tiles!(NIBBLES),
-        Form::Bytes => tiles!(BYTES),
-    }
+    by_form!(panel.form, tiles);
     if even < x.rows() {
         panel_dot(panel, x, even, y, stride);
     }
@@ -104,22 +103,32 @@ unsafe fn run<const P: usize, const Q: usize, const FORM: u8>(tile: Tile, quarte
                 let part = tile.quarter::<FORM>(block, quarter + q);
                 let w = paired::<FORM>(part.lines);
                 let scales = [vzip1q_f32(part.scales, part.scales), vzip2q_f32(part.scales, part.scales)];
-                let minima = [vzip1q_f32(part.minima, part.minima), vzip2q_f32(part.minima, part.minima)];
+                let second = [vzip1q_f32(part.second, part.second), vzip2q_f32(part.second, part.second)];
                 for (p, acc) in acc.iter_mut().enumerate() {
                     let at = 2 * (p * tile.blocks + block);
                     let x: [int8x16_t; 4] =
                         std::array::from_fn(|c| vld1q_s8(tile.values.add(at * BLOCK + 16 * c)));
                     let scale = both(tile.scales.add(at));
-                    let start = if FORM == NIBBLES {
-                        vmulq_n_s32(vreinterpretq_s32_f32(both(tile.sums.add(at).cast())), -8)
-                    } else {
-                        vdupq_n_s32(0)
+                    let start = |sum: *const i32| {
+                        vmulq_n_s32(vreinterpretq_s32_f32(both(sum.cast())), -excess::<FORM>())
                     };
                     for (half, acc) in acc.iter_mut().enumerate() {
-                        let dot = (0..4).fold(start, |dot, c| smmla(dot, w[half][c], x[c]));
-                        *acc = vfmaq_f32(*acc, vcvtq_f32_s32(dot), vmulq_f32(scales[half], scale));
-                        if FORM == MINIMUM {
-                            *acc = vfmaq_f32(*acc, minima[half], both(tile.offsets.add(at)));
+                        let dots = |start, columns: Range<usize>| {
+                            columns.fold(start, |dot, c| smmla(dot, w[half][c], x[c]))
+                        };
+                        if FORM == SIX_BIT_GROUPS {
+                            let low = vcvtq_f32_s32(dots(start(tile.halves.add(2 * at)), 0..2));
+                            let high = vcvtq_f32_s32(dots(start(tile.halves.add(2 * at + 2)), 2..4));
+                            let sum = vfmaq_f32(vmulq_f32(low, scales[half]), high, second[half]);
+                            *acc = vfmaq_f32(*acc, sum, scale);
+                        } else {
+                            let start =
+                                if excess::<FORM>() == 0 { vdupq_n_s32(0) } else { start(tile.sums.add(at)) };
+                            let dot = vcvtq_f32_s32(dots(start, 0..4));
+                            *acc = vfmaq_f32(*acc, dot, vmulq_f32(scales[half], scale));
+                        }
+                        if has_minimum::<FORM>() {
+                            *acc = vfmaq_f32(*acc, second[half], both(tile.offsets.add(at)));
                         }
                     }
                 }
@@ -138,14 +147,11 @@ unsafe fn run<const P: usize, const Q: usize, const FORM: u8>(tile: Tile, quarte
 #[inline]
 #[target_feature(enable = "neon")]
 fn paired<const FORM: u8>(lines: [uint8x16_t; 8]) -> [[int8x16_t; 4]; 2] {
-    let mut zipped = lines;
-    let (words, out) = (lines.map(|line| vreinterpretq_u32_u8(line)), &mut zipped);
-    for i in (0..8).step_by(2) {
-        out[i] = vreinterpretq_u8_u32(vzip1q_u32(words[i], words[i + 1]));
-        out[i + 1] = vreinterpretq_u8_u32(vzip2q_u32(words[i], words[i + 1]));
-    }
-    let w = unpacked::<FORM>(zipped);
-    [[w[0], w[2], w[4], w[6]], [w[1], w[3], w[5], w[7]]]
+    let words = unpacked::<FORM>(lines).map(|w| vreinterpretq_s32_s8(w));
+    [
+        std::array::from_fn(|c| vreinterpretq_s8_s32(vzip1q_s32(words[2 * c], words[2 * c + 1]))),
+        std::array::from_fn(|c| vreinterpretq_s8_s32(vzip2q_s32(words[2 * c], words[2 * c + 1]))),
+    ]
 }
 
 /// Two numbers, twice.

@@ -1,80 +1,26 @@
-//! Weights in panels of 16 rows, made once from their stored blocks: the same bits in another order.
+//! Weights in panels of 16 rows, made once from their stored blocks: the same bits in another order, which
+//! `form.rs` tells.
 
+use std::num::NonZero;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use super::Panel;
+pub(super) use super::form::Form;
 use super::lines::{Line, Lines, Shared};
-use crate::weights::{BLOCK, WeightFormat, WeightMatrix};
+use super::portable::{factors, integers};
+use crate::weights::{BLOCK, WeightMatrix};
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 16;
 
-/// How a line's bytes become integers, and what a block adds to a sum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// Nibbles n; weight = scale n + minimum.
-    NibblesMinimum,
-    /// Nibbles n; weight = scale (n - 8).
-    Nibbles,
-    /// Bytes n; weight = scale (n - 128).
-    Bytes,
-}
+/// Bytes of a mapped file that are packed before they are given back.
+const RELEASED_BYTES: usize = 1 << 20;
 
-impl Form {
-    fn of(format: WeightFormat) -> Option<Self> {
-        match format {
-            WeightFormat::Q4_1 => Some(Self::NibblesMinimum),
-            WeightFormat::Q4_0 => Some(Self::Nibbles),
-            WeightFormat::Q8_0 => Some(Self::Bytes),
-            WeightFormat::F32
-            | WeightFormat::F16
-            | WeightFormat::BF16
-            | WeightFormat::Q5_0
-            | WeightFormat::Q4_K
-            | WeightFormat::Q6_K => None,
-        }
-    }
-
-    /// Lines of integers a block. Line i of nibbles holds columns 4 i to 4 i + 3 of the block in the low halves and
-    /// 16 more in the high ones; of bytes, columns 4 i to 4 i + 3.
-    pub(super) fn lines(self) -> usize {
-        match self {
-            Self::NibblesMinimum | Self::Nibbles => 4,
-            Self::Bytes => 8,
-        }
-    }
-
-    /// Lines of so many blocks. A line with 16 scales and 16 minima precedes each block, or one with the scales of
-    /// two blocks both of them: the kernels read a panel from its first line to its last.
-    pub(super) fn panel_lines(self, blocks: usize) -> usize {
-        let scales = match self {
-            Self::NibblesMinimum => blocks,
-            Self::Nibbles | Self::Bytes => blocks.div_ceil(2),
-        };
-        scales + blocks * self.lines()
-    }
-
-    /// Bytes before a block's scales and its integers in a panel. The minima follow 32 bytes after the scales.
-    #[inline(always)]
-    pub(super) fn offsets(self, block: usize) -> (usize, usize) {
-        match self {
-            Self::NibblesMinimum => (block * 320, block * 320 + 64),
-            Self::Nibbles | Self::Bytes => {
-                let (pair, odd) = (block / 2 * (64 + 128 * self.lines()), block % 2);
-                (pair + odd * 32, pair + 64 + odd * 64 * self.lines())
-            }
-        }
-    }
-
-    /// Bytes before the integers in a stored block.
-    fn header(self) -> usize {
-        match self {
-            Self::NibblesMinimum => 4,
-            Self::Nibbles | Self::Bytes => 2,
-        }
-    }
-}
+/// Threads that pack, and the lines from which a second one pays.
+const THREADS_MAX: usize = 4;
+const THREAD_LINES_MIN: usize = 1 << 17;
 
 /// A quantized weight `[rows, cols]` for the integer kernels: panel after panel, each its integers and then its
 /// scales.
@@ -88,6 +34,13 @@ struct Shape {
     form: Form,
     rows: usize,
     cols: usize,
+}
+
+/// A weight, and the lines it is packed into.
+struct Job<'a> {
+    weight: &'a WeightMatrix,
+    shape: Shape,
+    lines: &'a mut [Line],
 }
 
 impl Shape {
@@ -111,20 +64,22 @@ impl Shape {
 }
 
 impl Packed {
-    /// Packs weights into one region of memory; none for those whose format has no packed form. Each is let go
-    /// as soon as it is packed.
+    /// Packs weights into one region of memory; none for those whose format has no packed form. Of a mapped file,
+    /// what is packed is let go at once.
     pub(crate) fn all(weights: &[&WeightMatrix]) -> Vec<Option<Self>> {
         let shapes: Vec<Option<Shape>> = weights.iter().map(|weight| Shape::of(weight)).collect();
         let total = shapes.iter().flatten().map(|shape| shape.lines()).sum();
         let mut lines = Lines::new(total);
         let mut rest = lines.as_mut_slice();
+        let mut jobs = Vec::new();
         for (weight, shape) in weights.iter().zip(&shapes) {
-            let Some(shape) = shape else { continue };
-            let (own, others) = rest.split_at_mut(shape.lines());
-            pack(weight, *shape, own);
-            weight.release();
-            rest = others;
+            let Some(shape) = *shape else { continue };
+            let own = rest.split_off_mut(..shape.lines()).unwrap_or_default();
+            jobs.push(Job { weight, shape, lines: own });
         }
+        run(jobs, total);
+        // Reading the beginning of one weight maps pages of the one before it again.
+        weights.iter().for_each(|weight| weight.release());
         let lines = Arc::new(lines);
         let mut first = 0;
         let mut packed = |shape: Shape| {
@@ -143,6 +98,19 @@ impl Packed {
         self.shape.cols
     }
 
+    /// Expands one row to `cols` values, as from the weight itself.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let panel = self.panels().nth(row / PANEL).filter(|panel| row % PANEL < panel.rows);
+        let panel = panel.expect("the caller asks for a row that is there");
+        for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            let (integers, factors) =
+                (integers(panel, block, row % PANEL), factors(panel, block, row % PANEL));
+            for (column, (out, integer)) in out.iter_mut().zip(integers).enumerate() {
+                *out = factors.scales[column / (BLOCK / 2)] * f32::from(integer) + factors.minimum;
+            }
+        }
+    }
+
     pub(super) fn panels(&self) -> impl Iterator<Item = Panel<'_>> {
         let shape = self.shape;
         let panels = self.lines.as_slice().chunks_exact(shape.panel_lines());
@@ -153,34 +121,40 @@ impl Packed {
     }
 }
 
-fn pack(weight: &WeightMatrix, shape: Shape, lines: &mut [Line]) {
-    let bytes = weight.as_bytes();
-    let row_bytes = bytes.len() / shape.rows;
-    let panels = bytes.chunks(PANEL * row_bytes).zip(lines.chunks_exact_mut(shape.panel_lines()));
-    for (stored, lines) in panels {
-        let rows: Vec<&[u8]> = stored.chunks_exact(row_bytes).collect();
-        pack_panel(shape.form, &rows, shape.blocks(), bytemuck::cast_slice_mut(lines));
-    }
+/// Packs on a few threads, if there is much: the largest weights first, each to the thread that is free.
+fn run(mut jobs: Vec<Job<'_>>, total: usize) {
+    jobs.sort_by_key(|job| std::cmp::Reverse(job.lines.len()));
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = threads.min(THREADS_MAX).min(total / THREAD_LINES_MIN);
+    let jobs = Mutex::new(jobs.into_iter());
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let pack = || {
+        while let Some(job) = next() {
+            job.pack();
+        }
+    };
+    thread::scope(|scope| {
+        // Where no thread is to be had, this one packs all.
+        (1..threads).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, pack)));
+        pack();
+    });
 }
 
-fn pack_panel(form: Form, rows: &[&[u8]], blocks: usize, panel: &mut [u8]) {
-    let stride = rows[0].len() / blocks;
-    // Bytes are stored with a sign and multiplied without.
-    let flip = if form == Form::Bytes { 0x8080_8080 } else { 0 };
-    for block in 0..blocks {
-        let (scales, quants) = form.offsets(block);
-        for (r, row) in rows.iter().enumerate() {
-            let stored = &row[block * stride..(block + 1) * stride];
-            let words = stored[form.header()..].chunks_exact(4);
-            let lines = panel[quants..quants + 64 * form.lines()].chunks_exact_mut(64);
-            for (line, four) in lines.zip(words) {
-                let word = u32::from_le_bytes([four[0], four[1], four[2], four[3]]) ^ flip;
-                line[4 * r..4 * r + 4].copy_from_slice(&word.to_le_bytes());
+impl Job<'_> {
+    fn pack(self) {
+        let Self { weight, shape, lines } = self;
+        let row_bytes = weight.as_bytes().len() / shape.rows;
+        let released = (RELEASED_BYTES / (PANEL * row_bytes)).max(1);
+        for (part, lines) in lines.chunks_mut(released * shape.panel_lines()).enumerate() {
+            let first = part * released * PANEL;
+            let rows = first..shape.rows.min(first + released * PANEL);
+            let bytes = &weight.as_bytes()[rows.start * row_bytes..rows.end * row_bytes];
+            let panels = bytes.chunks(PANEL * row_bytes).zip(lines.chunks_exact_mut(shape.panel_lines()));
+            for (stored, lines) in panels {
+                let rows: Vec<&[u8]> = stored.chunks_exact(row_bytes).collect();
+                shape.form.pack_panel(&rows, shape.blocks(), bytemuck::cast_slice_mut(lines));
             }
-            panel[scales + 2 * r..scales + 2 * r + 2].copy_from_slice(&stored[..2]);
-            if form == Form::NibblesMinimum {
-                panel[scales + 32 + 2 * r..scales + 34 + 2 * r].copy_from_slice(&stored[2..4]);
-            }
+            weight.release();
         }
     }
 }
