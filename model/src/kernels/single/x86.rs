@@ -19,7 +19,7 @@ pub(super) const AVX512_PANEL: usize = 32;
 const LANES_AVX2: usize = 8;
 const LANES_AVX512: usize = 16;
 
-/// Rows that share a pointer; the addresses of four rows are made from it with two offsets.
+/// Rows whose addresses are one pointer and an offset.
 const ROWS_A_POINTER: usize = 4;
 
 /// What both kernels rely on.
@@ -69,28 +69,38 @@ pub(super) fn multiply_avx512(block: Block, left: Left<'_>, panel: &[f32], out: 
     }
 }
 
-/// Pointers to every fourth row of a left factor, and the value of a row at them.
+/// Where the rows of a left factor are at one depth.
 #[derive(Clone, Copy)]
-struct Pointers<'a> {
-    each: [*const f32; 3],
-    left: Left<'a>,
+struct Cursor {
+    /// Every fourth row.
+    pointers: [*const f32; 3],
+    /// The rows between.
+    offsets: [usize; ROWS_A_POINTER],
+    depth_stride: usize,
 }
 
-impl<'a> Pointers<'a> {
+impl Cursor {
     #[inline(always)]
-    fn new(left: Left<'a>) -> Self {
-        let start = left.values.as_ptr();
-        Self { each: std::array::from_fn(|i| start.wrapping_add(i * ROWS_A_POINTER * left.row_stride)), left }
+    fn new(left: Left<'_>) -> Self {
+        let (start, stride) = (left.values.as_ptr(), left.row_stride);
+        // Known to be multiples of each other, the offsets would become a chain of additions from row to row, which
+        // takes longer than the products.
+        let offset = |i: usize| std::hint::black_box(i * stride);
+        Self {
+            pointers: std::array::from_fn(|i| start.wrapping_add(i * ROWS_A_POINTER * stride)),
+            offsets: [0, offset(1), offset(2), offset(3)],
+            depth_stride: left.depth_stride,
+        }
     }
 
     #[inline(always)]
     fn row(&self, i: usize) -> *const f32 {
-        self.each[i / ROWS_A_POINTER].wrapping_add(i % ROWS_A_POINTER * self.left.row_stride)
+        self.pointers[i / ROWS_A_POINTER].wrapping_add(self.offsets[i % ROWS_A_POINTER])
     }
 
     #[inline(always)]
     fn advance(&mut self) {
-        self.each = self.each.map(|p| p.wrapping_add(self.left.depth_stride));
+        self.pointers = self.pointers.map(|p| p.wrapping_add(self.depth_stride));
     }
 }
 
@@ -102,11 +112,11 @@ impl<'a> Pointers<'a> {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2<const M: usize, const R: usize>(block: Block, left: Left<'_>, panel: &[f32], out: &mut [f32]) {
     let mut sums = [[_mm256_setzero_ps(); R]; M];
-    let (mut a, mut b) = (Pointers::new(left), panel.as_ptr());
+    let (mut a, mut b) = (Cursor::new(left), panel.as_ptr());
     for i in 0..M {
         _mm_prefetch::<_MM_HINT_T0>(out.as_ptr().wrapping_add(i * block.stride).cast());
     }
-    for _ in 0..block.depth {
+    let mut step = || {
         // SAFETY: `a` is at a column of the rows, `b` at a line of the panel; see above for their ends.
         let line: [__m256; R] = std::array::from_fn(|r| unsafe { _mm256_loadu_ps(b.add(r * LANES_AVX2)) });
         for (i, sums) in sums.iter_mut().enumerate() {
@@ -118,8 +128,31 @@ unsafe fn avx2<const M: usize, const R: usize>(block: Block, left: Left<'_>, pan
         }
         a.advance();
         b = b.wrapping_add(AVX2_PANEL);
+    };
+    for _ in 0..block.depth / 2 {
+        step();
+        step();
+    }
+    if block.depth % 2 == 1 {
+        step();
     }
     let alpha = _mm256_set1_ps(block.alpha);
+    if block.cols == R * LANES_AVX2 {
+        for (i, sums) in sums.iter().enumerate() {
+            for (r, sum) in sums.iter().enumerate() {
+                // SAFETY: all the registers' columns are the output's.
+                unsafe {
+                    let to = out.as_mut_ptr().wrapping_add(i * block.stride + r * LANES_AVX2);
+                    let value = match block.into {
+                        Into::Overwrite => _mm256_mul_ps(alpha, *sum),
+                        Into::Add => _mm256_fmadd_ps(alpha, *sum, _mm256_loadu_ps(to)),
+                    };
+                    _mm256_storeu_ps(to, value);
+                }
+            }
+        }
+        return;
+    }
     for (i, sums) in sums.iter().enumerate() {
         for (r, sum) in sums.iter().enumerate() {
             let mask = first_lanes(block.cols.saturating_sub(r * LANES_AVX2));
@@ -143,7 +176,7 @@ unsafe fn avx2<const M: usize, const R: usize>(block: Block, left: Left<'_>, pan
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 unsafe fn avx512<const M: usize, const R: usize>(block: Block, left: Left<'_>, panel: &[f32], out: &mut [f32]) {
     let mut sums = [[_mm512_setzero_ps(); R]; M];
-    let (mut a, mut b) = (Pointers::new(left), panel.as_ptr());
+    let (mut a, mut b) = (Cursor::new(left), panel.as_ptr());
     for i in 0..M {
         let line = out.as_ptr().wrapping_add(i * block.stride);
         _mm_prefetch::<_MM_HINT_T0>(line.cast());
