@@ -20,8 +20,8 @@ pub trait ExampleSource: Send {
 
 /// Whether the device may work now: on power, on an unmetered network, idle, cool.
 pub trait Conditions: Send {
-    /// Asked before the device offers itself, at every chunk of a download and before every step of a
-    /// training, so it must be cheap. What is under way ends within one step.
+    /// Asked before the device offers itself, at every chunk of a download and twenty times a second of a
+    /// training, so it must be cheap. What is under way ends within one layer of the model.
     ///
     /// # Errors
     /// Says in words which condition does not hold; they are logged.

@@ -58,6 +58,8 @@ pub struct Client<T: Transport> {
     checkpoint: Option<Digest>,
     /// Bytes of text with which a task's plan found too few examples.
     too_little: BTreeMap<Name, usize>,
+    /// Until when a task is not accepted whose training did not fit this device's budgets.
+    over_budget: BTreeMap<Name, UnixMillis>,
     events: VecDeque<Event>,
     _lock: StateLock,
 }
@@ -68,7 +70,7 @@ impl<T: Transport> Client<T> {
         self.step_unless(&AtomicBool::new(false))
     }
 
-    /// Works until `stop` is set. A training or a download under way ends within a step or a chunk.
+    /// Works until `stop` is set. A training or a download under way ends within a layer or a chunk.
     pub fn run(&mut self, stop: &AtomicBool) {
         self.run_with(stop, &mut |_| ControlFlow::Continue(()));
     }

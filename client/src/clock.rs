@@ -2,7 +2,8 @@
 
 #![allow(clippy::disallowed_methods, reason = "the shell's clock is read here and nowhere else")]
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fleetune_proto::UnixMillis;
 
@@ -13,6 +14,11 @@ pub trait Clock: Send {
 
     /// Waits that long.
     fn sleep(&self, ms: u64);
+
+    /// Time since some moment in the past, which nobody sets; for measuring how long something takes.
+    fn elapsed(&self) -> Duration {
+        Duration::from_millis(self.now().0)
+    }
 }
 
 /// The system's clock.
@@ -27,5 +33,10 @@ impl Clock for SystemClock {
 
     fn sleep(&self, ms: u64) {
         std::thread::sleep(Duration::from_millis(ms));
+    }
+
+    fn elapsed(&self) -> Duration {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        FIRST.elapsed()
     }
 }

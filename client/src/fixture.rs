@@ -7,6 +7,7 @@ use fleetune_model::adapter::{Adapter, AdapterLayout};
 use fleetune_model::adapter_formats::to_gguf_lora;
 use fleetune_model::base::BaseModel;
 use fleetune_model::config::ModelConfig;
+use fleetune_model::family::Family;
 use fleetune_model::full::FullTrainer;
 use fleetune_model::gguf::Metadata;
 use fleetune_model::tokenizer::{SpecialTokens, train_bpe};
@@ -29,6 +30,7 @@ pub(crate) fn base_bytes(seed: u64) -> Vec<u8> {
     let tokenizer = train_bpe(texts().into_iter(), 270, &SpecialTokens::default()).unwrap();
     let config = ModelConfig {
         name: "tiny".into(),
+        family: Family::Llama,
         vocab_size: tokenizer.vocab_size(),
         hidden: 32,
         layers: 2,

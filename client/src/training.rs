@@ -10,7 +10,7 @@ use fleetune_model::base::BaseModel;
 use fleetune_model::config::Projection;
 use fleetune_model::optim::AdamWConfig;
 use fleetune_model::train::{
-    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions,
+    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions, Watch,
     fine_tune,
 };
 use fleetune_proto::device::{TrainOrder, TrainingFailure};
@@ -27,7 +27,8 @@ pub struct LocalUpdate {
     pub summary: TrainSummary,
 }
 
-/// Trains adapters of one plan over one base; one thread, a result that follows from the inputs alone.
+/// Trains adapters of one plan over one base. Without budgets the result follows from the inputs and the precision
+/// alone; a memory budget may change its last bits, a time budget the number of steps.
 #[derive(Debug)]
 pub struct LocalTrainer {
     layout: Arc<AdapterLayout>,
@@ -46,8 +47,7 @@ impl LocalTrainer {
         Self::with_options(base, plan, TrainerOptions::default())
     }
 
-    /// [`LocalTrainer::new`] with a choice between time and memory, which leaves the update the same bytes, and of
-    /// the products' precision, which does not.
+    /// [`LocalTrainer::new`] with the device's choices: precision, threads, recomputation, budgets.
     ///
     /// # Errors
     /// As [`LocalTrainer::new`].
@@ -63,19 +63,20 @@ impl LocalTrainer {
         Ok(Self { layout, training: local_training(&plan.training), examples_min, trainer })
     }
 
-    /// Trains from `checkpoint` (the adapter's checkpoint bytes) on `blocks` of token ids. `should_stop` is
-    /// asked before every optimizer step.
+    /// Trains from `checkpoint` (the adapter's checkpoint bytes) on `blocks` of token ids. `watch` is
+    /// asked whether to stop before every optimizer step and within it.
     ///
     /// # Errors
     /// [`TrainingFailure::PlanRejected`] for a checkpoint of another layout, `InsufficientData` for fewer
-    /// blocks than the plan wants, `Interrupted` when asked to stop, `Failed` when training diverges.
+    /// blocks than the plan wants, `Interrupted` when asked to stop, `OverBudget` when memory or time do not
+    /// suffice, `Failed` when training diverges.
     pub fn run(
         &mut self,
         order: &TrainOrder,
         checkpoint: &[u8],
         blocks: &[Vec<u32>],
         device_seed: &[u8; 32],
-        should_stop: &mut dyn FnMut() -> bool,
+        watch: &mut dyn Watch,
     ) -> Result<LocalUpdate, TrainingFailure> {
         if blocks.len() < self.examples_min {
             return Err(TrainingFailure::InsufficientData { held: blocks.len(), needed: self.examples_min });
@@ -86,7 +87,7 @@ impl LocalTrainer {
         let seed = batch_seed(device_seed, order);
         let learning_rate = order.plan.training.learning_rate_at(order.round, order.plan.rounds);
         let training = LocalTraining { learning_rate, ..self.training.clone() };
-        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &training, seed, should_stop)
+        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &training, seed, watch)
             .map_err(|error| self.failure(&error))?;
         values.iter_mut().zip(&start.values).for_each(|(value, start)| *value -= start);
         Ok(LocalUpdate { delta: values, summary })
@@ -103,7 +104,15 @@ impl LocalTrainer {
             TrainError::Cancelled { .. } => TrainingFailure::Interrupted(error.to_string()),
             TrainError::NoData => TrainingFailure::InsufficientData { held: 0, needed: self.examples_min },
             TrainError::Plan { .. } => rejected(error),
-            TrainError::Input(_) | TrainError::NonFinite { .. } => TrainingFailure::Failed(error.to_string()),
+            TrainError::OverMemory { .. } | TrainError::OverTime { .. } => {
+                TrainingFailure::OverBudget(error.to_string())
+            }
+            TrainError::Input(_)
+            | TrainError::NonFinite { .. }
+            | TrainError::Device { .. }
+            | TrainError::NoClock => {
+                TrainingFailure::Failed(error.to_string())
+            }
         }
     }
 }

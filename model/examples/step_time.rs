@@ -1,6 +1,7 @@
 //! Times training steps: `step_time product`, `step_time full HIDDEN LAYERS HEADS KV_HEADS FEED_FORWARD VOCAB
 //! SEQUENCES LENGTH THREADS STEPS`, or `step_time lora MODEL.gguf SEQUENCES LENGTH STEPS [--recompute]
-//! [--precision f32|bf16]`, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step
+//! [--precision f32|bf16] [--threads N]`, or `step_time cancel MODEL.gguf SEQUENCES LENGTH
+//! MOMENTS` for the longest time from a request to stop to its end, or `step_time curve MODEL.gguf TEXT SEQUENCES LENGTH STEPS` for the loss of each step
 //! on blocks of a text with f32 and with bf16 products (rank 8 on q, k, v, o; AdamW). CPU seconds count all threads
 //! and compare better than wall time on a busy machine; `product` gives the rate of the matrix product alone on the same machine.
 #![allow(
@@ -18,9 +19,10 @@ use fleetune_model::adapter::{Adapter, AdapterLayout, LoraConfig};
 use fleetune_model::base::BaseModel;
 use fleetune_model::batch::Batch;
 use fleetune_model::config::{ModelConfig, Projection};
+use fleetune_model::family::Family;
 use fleetune_model::full::FullTrainer;
 use fleetune_model::optim::{AdamW, AdamWConfig};
-use fleetune_model::train::{LoraTrainer, Precision, TrainerOptions};
+use fleetune_model::train::{LoraTrainer, Precision, Recompute, Trainer, TrainerOptions};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -30,6 +32,7 @@ fn main() {
         Some("product") => products(),
         Some("full") => full(&numbers(1)),
         Some("lora") => lora(Path::new(&arguments[1]), &numbers(2), options(&arguments[2..])),
+        Some("cancel") => cancel(Path::new(&arguments[1]), &numbers(2), options(&arguments[2..])),
         Some("curve") => curve(Path::new(&arguments[1]), Path::new(&arguments[2]), &numbers(3)),
         _ => println!("see the head of this file"),
     }
@@ -41,7 +44,17 @@ fn options(arguments: &[String]) -> TrainerOptions {
         Some("bf16") => Precision::Bf16,
         Some(other) => panic!("--precision {other}: f32 or bf16"),
     };
-    TrainerOptions { recompute: arguments.iter().any(|a| a == "--recompute"), precision }
+    let number = |flag: &str| {
+        arguments.iter().skip_while(|a| *a != flag).nth(1).map(|text| text.parse::<usize>().unwrap())
+    };
+    let again = arguments.iter().any(|a| a == "--recompute");
+    let recompute = if again { Recompute::Always } else { Recompute::Auto };
+    TrainerOptions {
+        recompute,
+        precision,
+        threads: number("--threads").unwrap_or(1),
+        ..TrainerOptions::default()
+    }
 }
 
 fn products() {
@@ -98,6 +111,7 @@ fn product(m: usize, n: usize, k: usize, (x, w, y): (&[f32], &[f32], &mut [f32])
 fn full(n: &[usize]) {
     let config = ModelConfig {
         name: "timed".to_owned(),
+        family: Family::Llama,
         hidden: n[0],
         layers: n[1],
         heads: n[2],
@@ -121,6 +135,26 @@ fn adapter_layout(base: &BaseModel) -> Arc<AdapterLayout> {
     let targets = Projection::ALL[..4].to_vec();
     let config = LoraConfig { rank: 8, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
     Arc::new(AdapterLayout::new(&base.config, &config).unwrap())
+}
+
+/// Asks a large step to stop at several moments; prints the longest time until it has.
+fn cancel(model: &Path, n: &[usize], options: TrainerOptions) {
+    let base = Arc::new(BaseModel::open(model).unwrap());
+    let layout = adapter_layout(&base);
+    let batch = batch(n[0], n[1], base.config.vocab_size);
+    let values = Adapter::init(Arc::clone(&layout)).values;
+    let mut gradient = vec![0f32; values.len()];
+    let mut trainer = LoraTrainer::new(base, layout, options).unwrap();
+    let mut longest = 0f64;
+    for moment in 1..=n[2] {
+        let start = Instant::now();
+        let at = std::time::Duration::from_millis(97 * moment as u64);
+        let found = trainer.watched_loss_and_gradient(&values, &batch, &mut gradient, &mut || start.elapsed() > at);
+        if found.is_err() {
+            longest = longest.max((start.elapsed() - at).as_secs_f64());
+        }
+    }
+    println!("stopped at most {longest:.3} s after the request");
 }
 
 fn lora(model: &Path, n: &[usize], options: TrainerOptions) {

@@ -125,6 +125,11 @@ impl AdapterLayout {
         self.len
     }
 
+    /// Columns of a projection's weight, and of its factor A.
+    pub(crate) fn inputs(&self, projection: Projection) -> usize {
+        self.shapes[projection as usize].1
+    }
+
     /// Every trained factor, in the order of the flat vector.
     #[must_use]
     pub fn entries(&self) -> &[LayoutEntry] {

@@ -2,7 +2,7 @@
 //! Values are copied, never requantized but where a storage format is asked for by name.
 
 mod gguf_lora;
-mod peft;
+pub(crate) mod peft;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::bytes::SharedBytes;
 use crate::config::{ModelConfig, Projection};
 use crate::error::ModelError;
+use crate::family::Extra;
 use crate::gguf::{self, Metadata};
 use crate::hugging_face;
 use crate::tokenizer::Tokenizer;
@@ -19,9 +20,45 @@ pub struct LayerWeights {
     pub attn_norm: Vec<f32>,
     /// RMSNorm weights before the feed-forward part, `[hidden]`.
     pub ffn_norm: Vec<f32>,
-    /// The seven projections, by `Projection as usize`. Rows of Q and K are in GGUF order: rows 2j and 2j + 1
-    /// of a head rotate together.
+    /// The seven projections, by `Projection as usize`. Rows of Q and K are in the GGUF order of the family: for Llama
+    /// rows 2j and 2j + 1 of a head rotate together, for the others rows j and j + half.
     pub projections: [WeightMatrix; 7],
+    /// What only some families have.
+    pub extras: LayerExtras,
+}
+
+/// Vectors of a layer by `Extra as usize`; empty where the family has none.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LayerExtras(pub [Vec<f32>; 7]);
+
+impl LayerExtras {
+    /// The vector, if the layer has it.
+    #[must_use]
+    pub fn get(&self, extra: Extra) -> Option<&[f32]> {
+        Some(self.0[extra as usize].as_slice()).filter(|values| !values.is_empty())
+    }
+
+    /// Those vectors, if the layer has all of them.
+    pub(crate) fn all<const N: usize>(&self, extras: [Extra; N]) -> Option<[&[f32]; N]> {
+        extras
+            .iter()
+            .all(|extra| self.get(*extra).is_some())
+            .then(|| extras.map(|extra| &*self.0[extra as usize]))
+    }
+
+    /// What `read` gives for the vectors that the model has in each layer: their names' place and their length.
+    pub(crate) fn read(
+        config: &ModelConfig,
+        read: impl Fn(Extra, usize) -> Result<Vec<f32>, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let mut extras = Self::default();
+        for extra in Extra::ALL {
+            if let Some(len) = extra.len(config) {
+                extras.0[extra as usize] = read(extra, len)?;
+            }
+        }
+        Ok(extras)
+    }
 }
 
 impl LayerWeights {
@@ -174,6 +211,10 @@ pub(crate) fn check_vocabulary(tokenizer: &Tokenizer, vocab_size: usize) -> Resu
 fn check_layer(index: usize, layer: &LayerWeights, config: &ModelConfig) -> Result<(), ModelError> {
     check_vector(&gguf::model::layer_tensor(index, "attn_norm"), &layer.attn_norm, config.hidden)?;
     check_vector(&gguf::model::layer_tensor(index, "ffn_norm"), &layer.ffn_norm, config.hidden)?;
+    for (extra, values) in Extra::ALL.into_iter().zip(&layer.extras.0) {
+        let len = extra.len(config).unwrap_or_default();
+        check_vector(&gguf::model::extra_tensor(index, extra), values, len)?;
+    }
     Projection::ALL.into_iter().try_for_each(|projection| {
         let name = gguf::model::layer_tensor(index, projection.gguf_name());
         check_matrix(&name, layer.projection(projection), projection.shape(config))
@@ -241,6 +282,7 @@ pub(crate) mod tests {
             projections: Projection::ALL.map(|projection| {
                 matrix(projection.shape(&config), format, (8 * index + projection as usize) as u32)
             }),
+            extras: LayerExtras::default(),
         };
         ModelParts {
             token_embedding: matrix((config.vocab_size, config.hidden), format, 300),

@@ -51,6 +51,26 @@ pub enum InputError {
         /// The model's name.
         model: String,
     },
+    /// A class beyond the classifier's.
+    #[error("class {class} is beyond the {classes} classes")]
+    UnknownClass {
+        /// The class.
+        class: usize,
+        /// How many there are.
+        classes: usize,
+    },
+    /// A classifier made for an encoder of other sizes.
+    #[error("the classifier does not fit model {model}")]
+    ClassifierShape {
+        /// The model's name.
+        model: String,
+    },
+    /// Pooling that the encoder has no weights for.
+    #[error("model {model} has no pooler: pool by mean or cls")]
+    NoPooler {
+        /// The model's name.
+        model: String,
+    },
     /// A setting that no choice of a next token can follow.
     #[error(transparent)]
     Sampling(#[from] SamplingError),

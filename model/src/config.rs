@@ -1,6 +1,7 @@
-//! Hyperparameters of a Llama-family decoder and the seven projections of its layers.
+//! Hyperparameters of a decoder and the seven projections of its layers. What the families differ in is in `family.rs`.
 
 use crate::error::ModelError;
+use crate::family::{Extra, Family, RowOrder};
 
 /// Upper bounds on what a model file may claim; far above any model a device can train, low enough that no
 /// product of two of them overflows.
@@ -20,13 +21,15 @@ mod bound {
 pub struct ModelConfig {
     /// A name for people.
     pub name: String,
+    /// How its layers are built.
+    pub family: Family,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Decoder layers.
     pub layers: usize,
-    /// Width of the SwiGLU layer.
+    /// Width of the gated layer.
     pub feed_forward: usize,
     /// Query heads.
     pub heads: usize,
@@ -60,6 +63,9 @@ impl ModelConfig {
         divides("head_dim", self.head_dim.is_multiple_of(2), "must be even for rotary positions")?;
         positive("rope_base", self.rope_base)?;
         positive("rms_eps", self.rms_eps)?;
+        if let Family::Gemma3(own) = self.family {
+            own.check()?;
+        }
         Ok(self)
     }
 
@@ -73,8 +79,9 @@ impl ModelConfig {
                 rows as u64 * cols as u64
             })
             .sum();
+        let extras: u64 = Extra::ALL.iter().filter_map(|extra| extra.len(self)).map(|len| len as u64).sum();
         let hidden = self.hidden as u64;
-        self.vocab_size as u64 * hidden + self.layers as u64 * (projections + 2 * hidden) + hidden
+        self.vocab_size as u64 * hidden + self.layers as u64 * (projections + extras + 2 * hidden) + hidden
     }
 
     /// Width of all query heads together.
@@ -173,13 +180,14 @@ impl Projection {
         }
     }
 
-    /// How many rotary heads its rows form, if its rows are rotated.
+    /// How many rotary heads its rows form, if Hugging Face orders them otherwise than GGUF files of the family.
     #[must_use]
-    pub fn rotary_heads(self, config: &ModelConfig) -> Option<usize> {
-        match self {
-            Self::Q => Some(config.heads),
-            Self::K => Some(config.kv_heads),
-            Self::V | Self::O | Self::Gate | Self::Up | Self::Down => None,
+    pub fn reordered_heads(self, config: &ModelConfig) -> Option<usize> {
+        match (self, config.family.row_order()) {
+            (Self::Q, RowOrder::Pairs) => Some(config.heads),
+            (Self::K, RowOrder::Pairs) => Some(config.kv_heads),
+            (Self::Q | Self::K, RowOrder::Halves)
+            | (Self::V | Self::O | Self::Gate | Self::Up | Self::Down, _) => None,
         }
     }
 }
@@ -213,6 +221,7 @@ pub(crate) mod tests {
     pub(crate) fn tiny() -> ModelConfig {
         ModelConfig {
             name: "tiny".to_owned(),
+            family: Family::Llama,
             vocab_size: 288,
             hidden: 64,
             layers: 2,

@@ -9,8 +9,11 @@ use crate::adapter::{Adapter, AdapterLayout, Factor};
 use crate::base::BaseModel;
 use crate::batch::InputError;
 use crate::config::{ModelConfig, Projection};
+use crate::family::{Extra, Rope};
+use crate::kernels::activation::scale;
 use crate::kernels::attention::Heads;
 use crate::kernels::bf16::Precision;
+use crate::kernels::extras::Extras;
 use crate::kernels::head::{Head, HeadGradients};
 use crate::kernels::layer::Layer;
 use crate::kernels::layer_backward::LayerGradients;
@@ -123,7 +126,8 @@ impl<'a> Rest<'a> {
     }
 }
 
-fn check_shapes(layout: &AdapterLayout, model: &ModelConfig) -> Result<(), InputError> {
+/// Refuses a layout for a model of another shape.
+pub(crate) fn check_shapes(layout: &AdapterLayout, model: &ModelConfig) -> Result<(), InputError> {
     let rank = layout.config().rank;
     let fits = |layer: usize, projection: Projection, factor, rows, cols| {
         let (out, inputs) = projection.shape(model);
@@ -142,14 +146,43 @@ fn check_shapes(layout: &AdapterLayout, model: &ModelConfig) -> Result<(), Input
     Err(InputError::AdapterShape { layer, projection, model: model.name.clone() })
 }
 
-/// How the model's attention is laid out.
-pub(crate) fn heads(config: &ModelConfig) -> Heads {
-    Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim }
+/// How attention is laid out in the layer of that index.
+pub(crate) fn heads(config: &ModelConfig, index: usize) -> Heads {
+    let layer = config.layer(index);
+    Heads {
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        scale: layer.scale,
+        window: layer.window,
+    }
 }
 
-/// A rope table for that many positions.
-pub(crate) fn rope_table(config: &ModelConfig, positions: usize) -> RopeTable {
-    RopeTable::new(positions, config.head_dim, config.rope_base)
+/// Each layer's rope table for `positions` positions from `first` on; layers that rotate alike share one.
+pub(crate) fn rope_tables(config: &ModelConfig, first: usize, positions: usize) -> Vec<Arc<RopeTable>> {
+    let mut made: Vec<(Rope, Arc<RopeTable>)> = Vec::new();
+    let table = |index| {
+        let rope = config.layer(index).rope;
+        if let Some((_, table)) = made.iter().find(|(known, _)| *known == rope) {
+            return Arc::clone(table);
+        }
+        let table = Arc::new(RopeTable::new(first, positions, &rope));
+        made.push((rope, Arc::clone(&table)));
+        table
+    };
+    (0..config.layers).map(table).collect()
+}
+
+/// What the family adds to the layer of that index.
+pub(crate) fn extras(base: &BaseModel, index: usize) -> Extras<'_> {
+    let (own, eps) = (&base.layers[index].extras, base.config.rms_eps);
+    let norms = |pair| own.all(pair).map(|gains| gains.map(|gain| Norm { gain, eps }));
+    Extras {
+        biases: own.all([Extra::QBias, Extra::KBias, Extra::VBias]),
+        head_norms: norms([Extra::QNorm, Extra::KNorm]),
+        post_norms: norms([Extra::PostAttnNorm, Extra::PostFfnNorm]),
+        activation: base.config.layer(index).activation,
+    }
 }
 
 fn layer<'a>(
@@ -162,10 +195,11 @@ fn layer<'a>(
     let weights = &base.layers[index];
     let eps = base.config.rms_eps;
     Layer {
-        heads: heads(&base.config),
+        heads: heads(&base.config, index),
         rope,
         attn_norm: Norm { gain: &weights.attn_norm, eps },
         ffn_norm: Norm { gain: &weights.ffn_norm, eps },
+        extras: extras(base, index),
         projections: Projection::ALL.map(|p| Linear {
             weight: Weight::Stored(&weights.projections[p as usize]),
             lora: lora.and_then(|(plan, theta)| plan.low_rank(index, p, theta)),
@@ -184,13 +218,16 @@ pub(crate) fn embed(base: &BaseModel, ids: &[u32], out: &mut [f32]) {
     for (id, row) in ids.iter().zip(out.chunks_exact_mut(base.config.hidden)) {
         base.token_embedding.dequantize_rows(*id as usize, 1, row);
     }
+    if base.config.embedding_scale() != 1.0 {
+        scale(out, base.config.embedding_scale());
+    }
 }
 
 /// A model that only runs forward.
 pub(crate) struct Decoder<'a> {
     base: &'a BaseModel,
     lora: Option<(LoraPlan, &'a [f32])>,
-    rope: RopeTable,
+    ropes: Vec<Arc<RopeTable>>,
 }
 
 impl<'a> Decoder<'a> {
@@ -210,7 +247,7 @@ impl<'a> Decoder<'a> {
             Some(adapter) => Some((LoraPlan::new(&adapter.layout, &base.config)?, adapter.values.as_slice())),
             None => None,
         };
-        Ok(Self { base, lora, rope: rope_table(&base.config, positions.max(1)) })
+        Ok(Self { base, lora, ropes: rope_tables(&base.config, 0, positions.max(1)) })
     }
 
     pub(crate) fn head(&self) -> Head<'_> {
@@ -228,7 +265,7 @@ impl<'a> Decoder<'a> {
         embed(self.base, ids, &mut x);
         for index in 0..self.base.config.layers {
             let lora = self.lora.as_ref().map(|(plan, values)| (plan, &values[plan.values(index)]));
-            apply(&layer(self.base, index, &self.rope, lora, Precision::F32), &x, &mut y);
+            apply(&layer(self.base, index, &self.ropes[index], lora, Precision::F32), &x, &mut y);
             std::mem::swap(&mut x, &mut y);
         }
         x

@@ -42,7 +42,7 @@ pub enum ModelError {
         reason: String,
     },
     /// The model is of a family this crate does not compute.
-    #[error("unknown architecture {found:?}: only llama is supported")]
+    #[error("unknown architecture {found:?}: only llama, qwen2, qwen3 and gemma3 are supported")]
     UnknownArchitecture {
         /// The name the file gives.
         found: String,

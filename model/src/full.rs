@@ -10,13 +10,15 @@ use burn::tensor::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::base::{BaseModel, LayerWeights, ModelParts};
+use crate::base::{BaseModel, LayerExtras, LayerWeights, ModelParts};
 use crate::batch::{Batch, InputError};
 use crate::config::{ModelConfig, Projection};
-use crate::decoder::{Rest, heads, rope_table, weight_gradient};
+use crate::decoder::{Rest, heads, rope_tables, weight_gradient};
 use crate::error::ModelError;
+use crate::family::Family;
 use crate::kernels::activation::add;
 use crate::kernels::bf16::Precision;
+use crate::kernels::extras::Extras;
 use crate::kernels::head::{Head, HeadGradients};
 use crate::kernels::layer::Layer;
 use crate::kernels::layer_backward::LayerGradients;
@@ -97,10 +99,11 @@ impl LayerSource for TrainedSource {
         let (config, parts) = (&self.layout.config, self.layout.parts());
         let norm = |range: &Range<usize>| Norm { gain: &theta[range.clone()], eps: config.rms_eps };
         Layer {
-            heads: heads(config),
+            heads: heads(config, 0),
             rope: &self.rope,
             attn_norm: norm(&parts.attn_norm),
             ffn_norm: norm(&parts.ffn_norm),
+            extras: Extras::default(),
             projections: Projection::ALL.map(|p| {
                 let (rows, cols) = p.shape(config);
                 let values = &theta[parts.projections[p as usize].clone()];
@@ -166,10 +169,17 @@ impl FullTrainer {
     /// A trainer that splits batches over `threads` threads.
     ///
     /// # Errors
-    /// [`ModelError::Config`] if the sizes contradict each other.
+    /// [`ModelError::Config`] if the sizes contradict each other, [`ModelError::Unsupported`] for a family but Llama.
     pub fn new(config: ModelConfig, threads: usize) -> Result<Self, ModelError> {
+        if config.family != Family::Llama {
+            return Err(ModelError::Unsupported {
+                key: "family".to_owned(),
+                found: config.family.architecture().to_owned(),
+                reason: "only llama is trained in full; adapters can be trained for the others".to_owned(),
+            });
+        }
         let layout = FullLayout { config: config.validated()? };
-        let rope = Arc::new(rope_table(&layout.config, layout.config.context_length));
+        let rope = Arc::clone(&rope_tables(&layout.config, 0, layout.config.context_length)[0]);
         let shards = (0..threads.max(1)).map(|_| Shard::default()).collect();
         Ok(Self {
             source: Arc::new(TrainedSource { layout, rope }),
@@ -296,7 +306,7 @@ impl FullTrainer {
             };
             let (attn_norm, ffn_norm) =
                 (theta[parts.attn_norm.clone()].to_vec(), theta[parts.ffn_norm.clone()].to_vec());
-            Ok(LayerWeights { attn_norm, ffn_norm, projections })
+            Ok(LayerWeights { attn_norm, ffn_norm, projections, extras: LayerExtras::default() })
         };
         BaseModel::from_parts(ModelParts {
             config: config.clone(),

@@ -1,6 +1,7 @@
 //! The GGUF container, version 3: typed metadata and named tensors. `gguf/read.rs` parses bytes that may be
-//! hostile, `gguf/write.rs` writes, `gguf/model.rs` maps the Llama keys and tensors to a base model.
+//! hostile, `gguf/write.rs` writes, `gguf/model.rs` maps keys and tensors to a base model.
 
+mod family;
 pub(crate) mod model;
 mod read;
 #[cfg(test)]
@@ -233,6 +234,18 @@ impl Metadata {
         let found = self.typed(key, "array of integers", |value| {
             let MetadataValue::Array(array) = value else { return None };
             array.integers()
+        })?;
+        required(key, found)
+    }
+
+    /// A key that must hold an array of floating-point numbers.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingKey`] or [`ModelError::WrongKeyType`].
+    pub fn floats(&self, key: &str) -> Result<&[f32], ModelError> {
+        let found = self.typed(key, "array of f32", |value| {
+            let MetadataValue::Array(MetadataArray::F32(numbers)) = value else { return None };
+            Some(numbers.as_slice())
         })?;
         required(key, found)
     }

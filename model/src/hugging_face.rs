@@ -1,5 +1,8 @@
-//! A base model from a Hugging Face folder: `config.json`, `tokenizer.json` and one or more safetensors
-//! files, which are mapped. Rows of Q and K are brought into GGUF order; nothing is quantized.
+//! A base model from a Hugging Face folder: `config.json` (read in `hugging_face/settings.rs`), `tokenizer.json` and one
+//! or more safetensors files, which are mapped. Rows of Q and K and the weights of norms are brought into the form that
+//! GGUF files of the family have; nothing is quantized.
+
+mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,13 +12,15 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::base::{BaseModel, LayerWeights, ModelParts, check_shape};
+use crate::base::{BaseModel, LayerExtras, LayerWeights, ModelParts, check_shape};
 use crate::bytes::SharedBytes;
 use crate::config::{ModelConfig, Projection};
 use crate::error::ModelError;
+use crate::family::{Extra, Family};
 use crate::rotary;
-use crate::tokenizer::{TokenRoles, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use crate::weights::{WeightFormat, WeightMatrix};
+use settings::Settings;
 
 /// Small files are read whole; beyond this they are no configuration or vocabulary.
 const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -31,146 +36,24 @@ pub(crate) fn open(folder: &Path) -> Result<BaseModel, ModelError> {
     let config = settings.model_config(folder).map_err(|error| error.in_file(&config_path))?;
     let beside: TokenizerSettings = read_json_if_there(&folder.join("tokenizer_config.json"))?;
     let tokenizer_path = folder.join("tokenizer.json");
-    let tokenizer = Tokenizer::from_json(&read_small(&tokenizer_path)?, &settings.roles(&beside))
+    let roles = settings.roles(&beside);
+    let tokenizer = Tokenizer::from_json(&read_small(&tokenizer_path)?, &roles)
+        .and_then(|tokenizer| tokenizer.padded(config.vocab_size))
         .map_err(|error| error.in_file(&tokenizer_path))?;
     let weights = Weights::open(folder)?;
     let template = chat_template(folder, &beside)?;
-    let parts = assemble(&weights, config, settings.tie_word_embeddings, tokenizer, template);
+    let parts = assemble(&weights, config, settings.tied(), tokenizer, template);
     parts.and_then(BaseModel::from_parts).map_err(|error| error.in_file(folder))
-}
-
-/// The fields of config.json that decide what is computed.
-#[derive(Deserialize)]
-struct Settings {
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    intermediate_size: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: usize,
-    rope_theta: Option<f32>,
-    /// Where transformers 5 writes what were `rope_theta` and `rope_scaling` before.
-    rope_parameters: Option<RopeParameters>,
-    rms_norm_eps: f32,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    rope_scaling: Option<Value>,
-    hidden_act: Option<String>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<TokenIds>,
-    pad_token_id: Option<u32>,
-}
-
-/// Llama's own base of the rotary frequencies, where a file names none.
-const ROPE_BASE: f32 = 10_000.0;
-
-#[derive(Deserialize)]
-struct RopeParameters {
-    rope_theta: Option<f32>,
-    rope_type: Option<String>,
-    /// What another way of rotating would need.
-    #[serde(flatten)]
-    others: BTreeMap<String, Value>,
-}
-
-/// Some models have several tokens that end an answer; the first is the one a file can name.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
 }
 
 /// The fields of tokenizer_config.json that matter here.
 #[derive(Default, Deserialize)]
-struct TokenizerSettings {
+pub(crate) struct TokenizerSettings {
     #[serde(default)]
-    add_bos_token: bool,
+    pub(crate) add_bos_token: bool,
     #[serde(default)]
-    add_eos_token: bool,
+    pub(crate) add_eos_token: bool,
     chat_template: Option<Value>,
-}
-
-impl Settings {
-    fn model_config(&self, folder: &Path) -> Result<ModelConfig, ModelError> {
-        if self.model_type != "llama" {
-            return Err(ModelError::UnknownArchitecture { found: self.model_type.clone() });
-        }
-        self.refuse_other_computations()?;
-        let split = || self.hidden_size.checked_div(self.num_attention_heads).unwrap_or_default();
-        let config = ModelConfig {
-            name: folder
-                .file_name()
-                .map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned()),
-            vocab_size: self.vocab_size,
-            hidden: self.hidden_size,
-            layers: self.num_hidden_layers,
-            feed_forward: self.intermediate_size,
-            heads: self.num_attention_heads,
-            kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-            head_dim: self.head_dim.unwrap_or_else(split),
-            context_length: self.max_position_embeddings,
-            rope_base: self.rope_base()?,
-            rms_eps: self.rms_norm_eps,
-        };
-        config.validated()
-    }
-
-    /// Both places may name it, but then the same.
-    fn rope_base(&self) -> Result<f32, ModelError> {
-        let nested = self.rope_parameters.as_ref().and_then(|parameters| parameters.rope_theta);
-        match (nested, self.rope_theta) {
-            (Some(nested), Some(plain)) if nested != plain => {
-                Err(malformed("rope_theta", format!("it is {plain}, but {nested} in rope_parameters")))
-            }
-            (nested, plain) => Ok(nested.or(plain).unwrap_or(ROPE_BASE)),
-        }
-    }
-
-    fn refuse_other_computations(&self) -> Result<(), ModelError> {
-        let refuse = |key: &str, found: String, reason: &str| {
-            Err(ModelError::Unsupported { key: key.to_owned(), found, reason: reason.to_owned() })
-        };
-        if let Some(scaling) = &self.rope_scaling {
-            return refuse("rope_scaling", scaling.to_string(), "only null is supported");
-        }
-        if let Some(parameters) = &self.rope_parameters {
-            if let Some(kind) = parameters.rope_type.as_ref().filter(|kind| *kind != "default") {
-                return refuse("rope_parameters.rope_type", kind.clone(), "only default is supported");
-            }
-            if let Some((key, value)) = parameters.others.iter().find(|(_, value)| !value.is_null()) {
-                return refuse(&format!("rope_parameters.{key}"), value.to_string(), "must not be there");
-            }
-        }
-        if let Some(act) = self.hidden_act.as_ref().filter(|act| *act != "silu") {
-            return refuse("hidden_act", act.clone(), "only silu is supported");
-        }
-        if self.attention_bias || self.mlp_bias {
-            return refuse("attention_bias or mlp_bias", "true".to_owned(), "only false is supported");
-        }
-        Ok(())
-    }
-
-    fn roles(&self, beside: &TokenizerSettings) -> TokenRoles {
-        let eos = self.eos_token_id.as_ref().and_then(|ids| match ids {
-            TokenIds::One(id) => Some(*id),
-            TokenIds::Many(ids) => ids.first().copied(),
-        });
-        TokenRoles {
-            bos: self.bos_token_id,
-            eos,
-            padding: self.pad_token_id,
-            add_bos: beside.add_bos_token,
-            add_eos: beside.add_eos_token,
-        }
-    }
 }
 
 /// A template that is one text, in the settings or in a file of its own; a list of named ones is left out.
@@ -187,7 +70,7 @@ fn chat_template(folder: &Path, beside: &TokenizerSettings) -> Result<Option<Str
 }
 
 /// Every tensor of the folder: in which file, and what it is.
-struct Weights {
+pub(crate) struct Weights {
     files: Vec<SharedBytes>,
     tensors: BTreeMap<String, TensorPlace>,
 }
@@ -200,7 +83,8 @@ struct TensorPlace {
 }
 
 impl Weights {
-    fn open(folder: &Path) -> Result<Self, ModelError> {
+    /// Those of every safetensors file of the folder.
+    pub(crate) fn open(folder: &Path) -> Result<Self, ModelError> {
         let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for path in weight_files(folder)? {
             let bytes = SharedBytes::map(&path)?;
@@ -232,14 +116,19 @@ impl Weights {
         Ok(())
     }
 
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix, ModelError> {
+    /// Every tensor's name.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix, ModelError> {
         let place = self.find(name, &[rows, cols])?;
         let format = format_of(name, place.dtype)?;
         WeightMatrix::from_shared(&self.files[place.file], place.range.clone(), (rows, cols), format)
             .map_err(|source| ModelError::Weights { tensor: name.to_owned(), source })
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let place = self.find(name, &[len])?;
         let format = format_of(name, place.dtype)?;
         let vector =
@@ -292,7 +181,7 @@ fn assemble(
         layers: (0..config.layers)
             .map(|layer| read_layer(weights, &config, layer))
             .collect::<Result<_, _>>()?,
-        output_norm: weights.vector(OUTPUT_NORM, hidden)?,
+        output_norm: norm(weights, &config, OUTPUT_NORM, hidden)?,
         output: (!tied).then(|| weights.matrix(OUTPUT, vocab, hidden)).transpose()?,
         chat_template,
         config,
@@ -303,7 +192,9 @@ fn assemble(
 fn check_tensor_names(weights: &Weights, config: &ModelConfig, tied: bool) -> Result<(), ModelError> {
     let mut known: BTreeSet<String> = [TOKEN_EMBEDDING, OUTPUT_NORM, OUTPUT].map(str::to_owned).into();
     for layer in 0..config.layers {
-        known.extend([ATTN_NORM, FFN_NORM].map(|name| layer_tensor(layer, name)));
+        known.extend([ATTN_NORM, ffn_norm(config)].map(|name| layer_tensor(layer, name)));
+        let extras = Extra::ALL.into_iter().filter(|extra| extra.len(config).is_some());
+        known.extend(extras.map(|extra| extra_tensor(layer, extra)));
         known.extend(Projection::ALL.map(|projection| layer_tensor(layer, projection.hugging_face_name())));
         known.insert(format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
     }
@@ -319,7 +210,26 @@ fn check_tensor_names(weights: &Weights, config: &ModelConfig, tied: bool) -> Re
 }
 
 const ATTN_NORM: &str = "input_layernorm";
-const FFN_NORM: &str = "post_attention_layernorm";
+
+/// Gemma's layers have a norm behind attention too, which takes the name.
+fn ffn_norm(config: &ModelConfig) -> &'static str {
+    match config.family {
+        Family::Llama | Family::Qwen2 | Family::Qwen3 => "post_attention_layernorm",
+        Family::Gemma3(_) => "pre_feedforward_layernorm",
+    }
+}
+
+fn extra_tensor(layer: usize, extra: Extra) -> String {
+    format!("model.layers.{layer}.{}", extra.hugging_face_name())
+}
+
+/// A norm's weights as GGUF files hold them.
+fn norm(weights: &Weights, config: &ModelConfig, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    let offset = config.family.norm_offset();
+    let mut values = weights.vector(name, len)?;
+    values.iter_mut().for_each(|value| *value += offset);
+    Ok(values)
+}
 
 fn layer_tensor(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.{name}.weight")
@@ -330,16 +240,20 @@ fn read_layer(weights: &Weights, config: &ModelConfig, layer: usize) -> Result<L
         let (rows, cols) = projection.shape(config);
         let name = layer_tensor(layer, projection.hugging_face_name());
         let stored = weights.matrix(&name, rows, cols)?;
-        let Some(heads) = projection.rotary_heads(config) else { return Ok(stored) };
+        let Some(heads) = projection.reordered_heads(config) else { return Ok(stored) };
         let bytes = rotary::to_gguf(stored.as_bytes(), rows, heads);
         WeightMatrix::from_bytes(bytes, rows, cols, stored.format())
             .map_err(|source| ModelError::Weights { tensor: name, source })
     };
     let [q, k, v, o, gate, up, down] = Projection::ALL.map(matrix);
     Ok(LayerWeights {
-        attn_norm: weights.vector(&layer_tensor(layer, ATTN_NORM), config.hidden)?,
-        ffn_norm: weights.vector(&layer_tensor(layer, FFN_NORM), config.hidden)?,
+        attn_norm: norm(weights, config, &layer_tensor(layer, ATTN_NORM), config.hidden)?,
+        ffn_norm: norm(weights, config, &layer_tensor(layer, ffn_norm(config)), config.hidden)?,
         projections: [q?, k?, v?, o?, gate?, up?, down?],
+        extras: LayerExtras::read(config, |extra, len| {
+            let name = extra_tensor(layer, extra);
+            if extra.is_norm() { norm(weights, config, &name, len) } else { weights.vector(&name, len) }
+        })?,
     })
 }
 
@@ -350,7 +264,7 @@ fn format_of(name: &str, dtype: Dtype) -> Result<WeightFormat, ModelError> {
     formats.into_iter().find(|(known, _)| *known == dtype).map(|(_, format)| format).ok_or_else(found)
 }
 
-fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(failed)?.len();
     if size > JSON_BYTES_MAX {
@@ -361,7 +275,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
     fs::read(path).map_err(failed)
 }
 
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, ModelError> {
+pub(crate) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T, ModelError> {
     let parsed = serde_json::from_slice(&read_small(path)?);
     parsed.map_err(|error| malformed("JSON", error.to_string()).in_file(path))
 }
@@ -421,10 +335,14 @@ mod tests {
         ];
         for (index, layer) in parts.layers.iter().enumerate() {
             tensors.push(TensorBytes::f32(&layer_tensor(index, ATTN_NORM), &[hidden], &layer.attn_norm));
-            tensors.push(TensorBytes::f32(&layer_tensor(index, FFN_NORM), &[hidden], &layer.ffn_norm));
+            tensors.push(TensorBytes::f32(
+                &layer_tensor(index, ffn_norm(&parts.config)),
+                &[hidden],
+                &layer.ffn_norm,
+            ));
             tensors.extend(Projection::ALL.map(|projection| {
                 let name = layer_tensor(index, projection.hugging_face_name());
-                matrix(&name, layer.projection(projection), projection.rotary_heads(&parts.config))
+                matrix(&name, layer.projection(projection), projection.reordered_heads(&parts.config))
             }));
         }
         tensors

@@ -8,20 +8,23 @@
 mod adapter;
 mod cache;
 mod matrix;
+mod observe;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 pub use adapter::LoadedAdapter;
 pub use cache::Sequence;
+pub use observe::InputSquares;
 
 use crate::adapter::Adapter;
 use crate::base::BaseModel;
 use crate::batch::{InputError, check_ids};
-use crate::config::{ModelConfig, Projection};
-use crate::decoder::{embed, heads};
-use crate::kernels::activation::{add, swiglu};
+use crate::config::Projection;
+use crate::decoder::{embed, extras, heads, rope_tables};
+use crate::kernels::activation::add;
 use crate::kernels::cross_entropy::nll_and_hits;
+use crate::kernels::extras::Half;
 use crate::kernels::int8::Packed;
 use crate::kernels::norm::Norm;
 use crate::kernels::rope::{RopeTable, Turn};
@@ -62,7 +65,8 @@ struct Piece {
     rows: Range<usize>,
     /// Positions of the sequence before it.
     past: usize,
-    rope: RopeTable,
+    /// By layer, from `past` on.
+    ropes: Vec<Arc<RopeTable>>,
 }
 
 impl Engine {
@@ -107,7 +111,7 @@ impl Engine {
     pub fn read(&self, spans: &mut [Span<'_>]) -> Result<Vec<f32>, InputError> {
         let width = self.base.config.hidden;
         let mut last = buffer(spans.len() * width);
-        self.read_hidden(spans, &mut |span, is_last, rows| {
+        self.read_hidden(spans, &mut Input::default(), &mut |span, is_last, rows| {
             if is_last {
                 last[span * width..(span + 1) * width].copy_from_slice(&rows[rows.len() - width..]);
             }
@@ -126,7 +130,7 @@ impl Engine {
         };
         check_ids(&[*last], self.base.config.vocab_size)?;
         let (width, mut nlls) = (self.base.config.hidden, Vec::with_capacity(inputs.len()));
-        self.read_hidden(&mut [Span { sequence, ids: inputs }], &mut |_, _, rows| {
+        self.read_hidden(&mut [Span { sequence, ids: inputs }], &mut Input::default(), &mut |_, _, rows| {
             for rows in rows.chunks(SCORED_ROWS * width) {
                 let count = rows.len() / width;
                 let targets: Vec<i32> = ids[nlls.len() + 1..][..count].iter().map(|id| *id as i32).collect();
@@ -142,6 +146,7 @@ impl Engine {
     fn read_hidden(
         &self,
         spans: &mut [Span<'_>],
+        input: &mut Input,
         take: &mut dyn FnMut(usize, bool, &[f32]),
     ) -> Result<(), InputError> {
         for span in &*spans {
@@ -154,17 +159,17 @@ impl Engine {
                 let before = pieces.last().map_or(0, |piece: &Piece| piece.rows.end);
                 let count = (spans[index].ids.len() - first).min(PASS_TOKENS - before);
                 let past = spans[index].sequence.len();
-                let rope = rope_rows(&self.base.config, past, count);
+                let ropes = rope_tables(&self.base.config, past, count);
                 let (ids, rows) = (first..first + count, before..before + count);
-                pieces.push(Piece { span: index, ids, rows, past, rope });
+                pieces.push(Piece { span: index, ids, rows, past, ropes });
                 first += count;
                 if before + count == PASS_TOKENS {
-                    self.pass(spans, &std::mem::take(&mut pieces), take);
+                    self.pass(spans, &std::mem::take(&mut pieces), input, take);
                 }
             }
         }
         if !pieces.is_empty() {
-            self.pass(spans, &pieces, take);
+            self.pass(spans, &pieces, input, take);
         }
         Ok(())
     }
@@ -185,7 +190,13 @@ impl Engine {
         check_ids(span.ids, config.vocab_size)
     }
 
-    fn pass(&self, spans: &mut [Span<'_>], pieces: &[Piece], take: &mut dyn FnMut(usize, bool, &[f32])) {
+    fn pass(
+        &self,
+        spans: &mut [Span<'_>],
+        pieces: &[Piece],
+        input: &mut Input,
+        take: &mut dyn FnMut(usize, bool, &[f32]),
+    ) {
         let width = self.base.config.hidden;
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         let mut x = buffer(rows * width);
@@ -193,10 +204,9 @@ impl Engine {
             let out = &mut x[piece.rows.start * width..piece.rows.end * width];
             self.embed(&spans[piece.span].ids[piece.ids.clone()], out);
         }
-        let mut input = Input::default();
         for layer in 0..self.layers.len() {
-            self.attention(layer, spans, pieces, &mut x, &mut input);
-            self.feed_forward(layer, spans, pieces, &mut x, &mut input);
+            self.attention(layer, spans, pieces, &mut x, input);
+            self.feed_forward(layer, spans, pieces, &mut x, input);
         }
         for piece in pieces {
             let span = &mut spans[piece.span];
@@ -230,7 +240,8 @@ impl Engine {
         x: &mut [f32],
         input: &mut Input,
     ) {
-        let (config, shape) = (&self.base.config, heads(&self.base.config));
+        let (config, shape) = (&self.base.config, heads(&self.base.config, layer));
+        let own = extras(&self.base, layer);
         let norm = Norm { gain: &self.base.layers[layer].attn_norm, eps: config.rms_eps };
         input.set(norm.forward(x).0, config.hidden);
         let apply = |projection, input: &mut Input, spans: &[Span<'_>]| {
@@ -238,19 +249,22 @@ impl Engine {
         };
         let mut q = apply(Projection::Q, input, spans);
         let mut k = apply(Projection::K, input, spans);
-        let v = apply(Projection::V, input, spans);
+        let mut v = apply(Projection::V, input, spans);
+        own.finish_heads(&mut q, &mut k, &mut v);
         let mut context = buffer(q.len());
         for piece in pieces {
             let at = |width: usize| piece.rows.start * width..piece.rows.end * width;
             let (q_rows, kv_rows, count) = (at(shape.q_width()), at(shape.kv_width()), piece.rows.len());
-            piece.rope.rotate(&mut q[q_rows.clone()], shape.heads, 0, count, Turn::Forward);
-            piece.rope.rotate(&mut k[kv_rows.clone()], shape.kv_heads, 0, count, Turn::Forward);
+            piece.ropes[layer].rotate(&mut q[q_rows.clone()], shape.heads, 0, count, Turn::Forward);
+            piece.ropes[layer].rotate(&mut k[kv_rows.clone()], shape.kv_heads, 0, count, Turn::Forward);
             let cache = &mut spans[piece.span].sequence.layers[layer];
             cache.append(&k[kv_rows.clone()], &v[kv_rows], piece.past * shape.kv_width());
             cache.attend(shape, &q[q_rows.clone()], piece.past, &mut context[q_rows]);
         }
         input.set(context, shape.q_width());
-        add(x, &apply(Projection::O, input, spans));
+        let mut output = apply(Projection::O, input, spans);
+        own.finish_half(Half::Attention, &mut output);
+        add(x, &output);
     }
 
     fn feed_forward(
@@ -267,9 +281,12 @@ impl Engine {
         let gate = self.project(layer, Projection::Gate, input, spans, pieces);
         let up = self.project(layer, Projection::Up, input, spans, pieces);
         let mut activated = buffer(gate.len());
-        swiglu(&gate, &up, &mut activated);
+        let own = extras(&self.base, layer);
+        own.activation.gated(&gate, &up, &mut activated);
         input.set(activated, config.feed_forward);
-        add(x, &self.project(layer, Projection::Down, input, spans, pieces));
+        let mut output = self.project(layer, Projection::Down, input, spans, pieces);
+        own.finish_half(Half::FeedForward, &mut output);
+        add(x, &output);
     }
 
     /// One projection of all rows, with each sequence's own adapter.
@@ -304,11 +321,6 @@ impl Engine {
         input.set(norm.forward(x).0, self.base.config.hidden);
         self.head.forward(self.base.head(), &mut input).to_vec()
     }
-}
-
-/// A rope table whose first row stands at position `first`.
-fn rope_rows(config: &ModelConfig, first: usize, rows: usize) -> RopeTable {
-    RopeTable::from_position(first, rows, config.head_dim, config.rope_base)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod bf16;
 pub(crate) mod cross_entropy;
+pub(crate) mod extras;
 pub(crate) mod head;
 pub(crate) mod int8;
 pub(crate) mod kept;

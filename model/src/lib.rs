@@ -9,6 +9,7 @@ compile_error!("weights are used as they lie in the file, which is little-endian
 
 pub mod config;
 pub mod error;
+pub mod family;
 
 pub mod bytes;
 mod rotary;
@@ -32,16 +33,18 @@ pub use kernels::simd::{SimdLevel, limit_simd};
 pub mod batch;
 pub mod chat;
 mod decoder;
+pub mod encoder;
 pub mod eval;
 pub mod full;
 pub mod generate;
+pub mod generic;
 pub mod infer;
 pub mod optim;
+pub mod requantize;
+mod stock;
 pub mod train;
 
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
 mod reference;
-#[cfg(test)]
-mod stock;

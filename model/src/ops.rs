@@ -61,6 +61,8 @@ pub(crate) trait FleetuneBackend: Backend {
         source: Arc<dyn HeadSource>,
         targets: Arc<LossTargets>,
     ) -> FloatTensor<Self>;
+    /// A scalar of no value whose gradient by y is `dy`.
+    fn upstream(y: FloatTensor<Self>, dy: Arc<Vec<f32>>) -> FloatTensor<Self>;
     /// Rows of a table that starts `theta` and is `hidden` wide; `[sequences, length, hidden]`.
     fn embedding(theta: FloatTensor<Self>, ids: Arc<Vec<u32>>, shape: [usize; 3]) -> FloatTensor<Self>;
 }
@@ -85,6 +87,11 @@ pub(crate) fn head_loss(
     Tensor::from_dispatch(Dispatch::head_loss(x, theta, Arc::clone(source), Arc::new(targets)))
 }
 
+/// A scalar whose `backward` starts at y with the gradient `dy`: the graph before y, without the one after it.
+pub(crate) fn upstream(y: Tensor<3>, dy: Vec<f32>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::upstream(y.into_dispatch(), Arc::new(dy)))
+}
+
 /// Rows of a table that starts `theta`.
 pub(crate) fn embedding(theta: Tensor<1>, ids: Vec<u32>, shape: [usize; 3]) -> Tensor<3> {
     Tensor::from_dispatch(Dispatch::embedding(theta.into_dispatch(), Arc::new(ids), shape))
@@ -104,6 +111,10 @@ impl FleetuneBackend for Flex {
         let (x, theta) = (x.to_contiguous(), theta.to_contiguous());
         let loss = source.head(theta.storage::<f32>()).loss(x.storage::<f32>(), targets.as_ref().into());
         tensor(vec![loss], vec![1])
+    }
+
+    fn upstream(_: FlexTensor, _: Arc<Vec<f32>>) -> FlexTensor {
+        tensor(vec![0.0], vec![1])
     }
 
     fn embedding(theta: FlexTensor, ids: Arc<Vec<u32>>, shape: [usize; 3]) -> FlexTensor {
@@ -147,6 +158,16 @@ impl<C: CheckpointStrategy> FleetuneBackend for Autodiff<Flex, C> {
                 prep.finish(state, loss)
             }
             OpsKind::UnTracked(prep) => prep.finish(Flex::head_loss(x, theta, source, targets)),
+        }
+    }
+
+    fn upstream(y: FloatTensor<Self>, dy: Arc<Vec<f32>>) -> FloatTensor<Self> {
+        let (y, node) = y.into_parts();
+        let shape = dims(&y);
+        let scalar = Flex::upstream(y, Arc::clone(&dy));
+        match UpstreamBackward.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(UpstreamState { dy, shape }, scalar),
+            OpsKind::UnTracked(prep) => prep.finish(scalar),
         }
     }
 
@@ -222,6 +243,25 @@ impl Backward<Flex, 2> for HeadBackward {
             }
             grads.register::<Flex>(parent.id, gradient);
         }
+    }
+}
+
+#[derive(Debug)]
+struct UpstreamBackward;
+
+#[derive(Debug, Clone)]
+struct UpstreamState {
+    dy: Arc<Vec<f32>>,
+    shape: Vec<usize>,
+}
+
+impl Backward<Flex, 1> for UpstreamBackward {
+    type State = UpstreamState;
+
+    fn backward(self, ops: Ops<UpstreamState, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([parent], UpstreamState { dy, shape }) = (ops.parents, ops.state);
+        let Some(parent) = parent else { return };
+        grads.register::<Flex>(parent.id, tensor(Arc::unwrap_or_clone(dy), shape));
     }
 }
 

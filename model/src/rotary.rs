@@ -1,5 +1,6 @@
 //! The two orders of the rows that rotary positions turn. In Hugging Face order row j of a head rotates with
-//! row j + half; in GGUF order of architecture `llama` rows 2j and 2j + 1 rotate together. Weights of Q and K
+//! row j + half; in GGUF order of architecture `llama` rows 2j and 2j + 1 rotate together (files of the other
+//! architectures keep Hugging Face order). Weights of Q and K
 //! and the B factors of their adapters are stored in one order and must be reordered for the other: left as
 //! they are, the mean loss hardly moves but single tokens are wrong.
 

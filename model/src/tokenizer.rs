@@ -1,9 +1,11 @@
-//! Text to token ids and back: byte-level BPE as SmolLM2 uses it. Control tokens are split off here, the
-//! text between them is cut into words and merged by `tokenizers`. Where vocabularies come from is in
-//! `tokenizer/` (GGUF metadata, tokenizer.json, training).
+//! Text to token ids and back: byte-level BPE as SmolLM2 and Qwen use it, and SentencePiece's BPE. Control tokens are
+//! split off here; of the text between them byte-level BPE is cut into words and merged by `tokenizers`, SentencePiece is
+//! in `tokenizer/sentence_piece.rs`. Where vocabularies come from is in `tokenizer/` (GGUF metadata, tokenizer.json,
+//! training).
 
 mod from_gguf;
 mod from_json;
+mod sentence_piece;
 mod train;
 
 use std::collections::{HashMap, HashSet};
@@ -11,18 +13,23 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::{Model as _, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{
+    Model as _, NormalizedString, Normalizer as _, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer as _, SplitDelimiterBehavior,
+};
 
 use crate::error::ModelError;
 pub use from_json::TokenRoles;
+use sentence_piece::SentencePiece;
 pub use train::{SpecialTokens, train_bpe};
 
-/// The name GGUF files give to the one way of cutting text into words that is supported: every digit alone,
-/// then GPT-2's pattern.
-pub const PRE_TOKENIZER: &str = "smollm";
+/// Qwen2's pattern of words.
+const QWEN2_PATTERN: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
 /// Turns text into ids and ids into text. Cheap to clone.
 #[derive(Clone)]
@@ -32,20 +39,46 @@ pub struct Tokenizer {
 
 struct Inner {
     vocabulary: Vocabulary,
-    bpe: BPE,
-    words: Sequence,
-    /// Tokens that are found in the text before it is cut into words, longest first.
-    whole: Vec<(String, u32)>,
+    cutter: Cutter,
+    /// Tokens that are found in the text before it is cut into words: by first byte, then longest first.
+    whole: Vec<Vec<(String, u32)>>,
+}
+
+/// What makes ids of the text between control tokens.
+enum Cutter {
+    ByteLevel { bpe: Box<BPE>, words: Sequence, normalizes: bool },
+    Pieces(Box<SentencePiece>),
+}
+
+/// How a vocabulary is applied to text.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum Method {
+    /// Byte-level BPE of words that are cut by GPT-2's pattern, every digit alone: `smollm` in GGUF files.
+    #[default]
+    SmolLm,
+    /// Byte-level BPE of words that are cut by Qwen2's pattern, after Unicode normalization C: `qwen2` in GGUF files.
+    /// llama.cpp leaves the normalization out, which shows in text that is not normalized already.
+    Qwen2,
+    /// SentencePiece's BPE with byte tokens: `llama` in GGUF files.
+    SentencePiece {
+        /// By id; neighbours that make the piece of the highest score are joined first.
+        scores: Vec<f32>,
+        /// Whether a space is put before text, at its beginning and behind control tokens.
+        add_space_prefix: bool,
+    },
 }
 
 /// What a tokenizer is made of, in the terms of its file formats.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Vocabulary {
-    /// Each token's text: bytes as GPT-2's printable characters, control tokens as they are. By id.
+    /// How it is applied to text.
+    pub method: Method,
+    /// Each token's text: in byte-level BPE bytes as GPT-2's printable characters, in SentencePiece spaces as U+2581,
+    /// control tokens as they are. By id.
     pub tokens: Vec<String>,
     /// What each token is. By id.
     pub kinds: Vec<TokenKind>,
-    /// Pairs of token texts in the order in which they are merged.
+    /// Pairs of token texts in the order in which they are merged; none for SentencePiece.
     pub merges: Vec<(String, String)>,
     /// Token that opens a sequence.
     pub bos: Option<u32>,
@@ -86,8 +119,23 @@ impl Tokenizer {
     pub fn new(vocabulary: Vocabulary) -> Result<Self, ModelError> {
         vocabulary.check().map_err(|reason| ModelError::Tokenizer { reason })?;
         let whole = vocabulary.whole_tokens();
-        let bpe = vocabulary.bpe().map_err(|reason| ModelError::Tokenizer { reason })?;
-        Ok(Self { inner: Arc::new(Inner { vocabulary, bpe, words: word_cutter(), whole }) })
+        let cutter = vocabulary.cutter().map_err(|reason| ModelError::Tokenizer { reason })?;
+        Ok(Self { inner: Arc::new(Inner { vocabulary, cutter, whole }) })
+    }
+
+    /// With unused tokens up to that size, as llama.cpp's converter fills a vocabulary that is smaller than its model's
+    /// embedding; itself if there is nothing to fill.
+    pub(crate) fn padded(self, vocab_size: usize) -> Result<Self, ModelError> {
+        if self.vocab_size() >= vocab_size {
+            return Ok(self);
+        }
+        let mut vocabulary = self.vocabulary().clone();
+        vocabulary.tokens.extend((self.vocab_size()..vocab_size).map(|id| format!("[PAD{id}]")));
+        vocabulary.kinds.resize(vocab_size, TokenKind::Unused);
+        if let Method::SentencePiece { scores, .. } = &mut vocabulary.method {
+            scores.resize(vocab_size, 0.0);
+        }
+        Self::new(vocabulary)
     }
 
     /// The ids of a text in which control tokens are recognized. With `add_special`, the model's opening and
@@ -97,13 +145,7 @@ impl Tokenizer {
         let Vocabulary { bos, eos, add_bos, add_eos, .. } = self.vocabulary();
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         ids.extend(bos.filter(|_| add_special && *add_bos));
-        let mut rest = text;
-        while let Some((at, token, id)) = self.next_whole(rest) {
-            self.encode_words(&rest[..at], &mut ids);
-            ids.push(id);
-            rest = &rest[at + token.len()..];
-        }
-        self.encode_words(rest, &mut ids);
+        self.encode_between(text, |_| true, &mut ids);
         ids.extend(eos.filter(|_| add_special && *add_eos));
         ids
     }
@@ -113,7 +155,11 @@ impl Tokenizer {
     #[must_use]
     pub fn encode_ordinary(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        self.encode_words(text, &mut ids);
+        match &self.inner.cutter {
+            Cutter::ByteLevel { .. } => self.encode_words(text, &mut ids),
+            // SentencePiece's own user-defined pieces are text.
+            Cutter::Pieces(_) => self.encode_between(text, |kind| kind == TokenKind::UserDefined, &mut ids),
+        }
         ids
     }
 
@@ -122,7 +168,13 @@ impl Tokenizer {
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        let bytes = match &self.vocabulary().method {
+            Method::SentencePiece { add_space_prefix: true, .. } => {
+                bytes.strip_prefix(b" ").unwrap_or(&bytes)
+            }
+            Method::SentencePiece { .. } | Method::SmolLm | Method::Qwen2 => &bytes,
+        };
+        String::from_utf8_lossy(bytes).into_owned()
     }
 
     /// The bytes one id stands for in a text (perhaps a part of a character): none for control tokens.
@@ -130,7 +182,11 @@ impl Tokenizer {
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let vocabulary = self.vocabulary();
         let Some(token) = vocabulary.tokens.get(id as usize) else { return Vec::new() };
-        match vocabulary.kinds[id as usize] {
+        let kind = vocabulary.kinds[id as usize];
+        if let Cutter::Pieces(_) = self.inner.cutter {
+            return sentence_piece::token_bytes(token, kind);
+        }
+        match kind {
             TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Vec::new(),
             TokenKind::UserDefined => token.as_bytes().to_vec(),
             TokenKind::Normal | TokenKind::Byte => token.chars().flat_map(byte_of).collect(),
@@ -140,7 +196,10 @@ impl Tokenizer {
     /// The id of a token by its text in the vocabulary, as in `<|im_end|>`.
     #[must_use]
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.bpe.token_to_id(token)
+        match &self.inner.cutter {
+            Cutter::ByteLevel { bpe, .. } => bpe.token_to_id(token),
+            Cutter::Pieces(pieces) => pieces.id(token),
+        }
     }
 
     /// Token that ends an answer.
@@ -169,25 +228,52 @@ impl Tokenizer {
 
     /// The first token in the text that is to stay whole: where, its text, its id.
     pub(crate) fn next_whole(&self, text: &str) -> Option<(usize, &str, u32)> {
-        (0..text.len()).filter(|&at| text.is_char_boundary(at)).find_map(|at| {
-            let found = self.inner.whole.iter().find(|(token, _)| text[at..].starts_with(token))?;
+        self.next_whole_of(text, |_| true)
+    }
+
+    fn next_whole_of(&self, text: &str, is_meant: impl Fn(TokenKind) -> bool) -> Option<(usize, &str, u32)> {
+        let Inner { vocabulary, whole, .. } = &*self.inner;
+        text.bytes().enumerate().find_map(|(at, byte)| {
+            let found = whole[usize::from(byte)].iter().find(|(token, id)| {
+                is_meant(vocabulary.kinds[*id as usize])
+                    && text.as_bytes()[at..].starts_with(token.as_bytes())
+            })?;
             Some((at, found.0.as_str(), found.1))
         })
     }
 
-    /// A word that occurs again is looked up among those of this text.
-    fn encode_words(&self, text: &str, ids: &mut Vec<u32>) {
-        let words = cut_words(&self.inner.words, text);
-        let mut known: HashMap<&str, Vec<u32>> = HashMap::new();
-        for word in &words {
-            ids.extend_from_slice(known.entry(word).or_insert_with(|| self.word_ids(word)));
+    /// Keeps the tokens of those kinds whole.
+    fn encode_between(&self, text: &str, is_meant: impl Fn(TokenKind) -> bool, ids: &mut Vec<u32>) {
+        let mut rest = text;
+        while let Some((at, token, id)) = self.next_whole_of(rest, &is_meant) {
+            self.encode_words(&rest[..at], ids);
+            ids.push(id);
+            rest = &rest[at + token.len()..];
         }
+        self.encode_words(rest, ids);
     }
 
-    fn word_ids(&self, word: &str) -> Vec<u32> {
-        let tokens = self.inner.bpe.tokenize(word).expect("BPE without dropout or unknown token cannot fail");
-        tokens.into_iter().map(|token| token.id).collect()
+    /// A word that occurs again is looked up among those of this text.
+    fn encode_words(&self, text: &str, ids: &mut Vec<u32>) {
+        let (bpe, words) = match &self.inner.cutter {
+            Cutter::Pieces(pieces) => return pieces.encode(text, ids),
+            Cutter::ByteLevel { bpe, words, normalizes: true } if !text.is_ascii() => {
+                let mut text = NormalizedString::from(text);
+                NFC.normalize(&mut text).expect("normalization C cannot fail on any text");
+                (bpe, cut_words(words, text.get()))
+            }
+            Cutter::ByteLevel { bpe, words, .. } => (bpe, cut_words(words, text)),
+        };
+        let mut known: HashMap<&str, Vec<u32>> = HashMap::new();
+        for word in &words {
+            ids.extend_from_slice(known.entry(word).or_insert_with(|| word_ids(bpe, word)));
+        }
     }
+}
+
+fn word_ids(bpe: &BPE, word: &str) -> Vec<u32> {
+    let tokens = bpe.tokenize(word).expect("BPE without dropout or unknown token cannot fail");
+    tokens.into_iter().map(|token| token.id).collect()
 }
 
 impl fmt::Debug for Tokenizer {
@@ -224,17 +310,30 @@ impl Vocabulary {
         }
     }
 
-    fn whole_tokens(&self) -> Vec<(String, u32)> {
-        let mut whole: Vec<_> = (0..)
-            .zip(self.tokens.iter().zip(&self.kinds))
-            .filter(|(_, (_, kind))| match kind {
-                TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown => true,
-                TokenKind::Normal | TokenKind::Unused | TokenKind::Byte => false,
-            })
-            .map(|(id, (token, _))| (token.clone(), id))
-            .collect();
-        whole.sort_by_key(|(token, _)| std::cmp::Reverse(token.len()));
+    fn whole_tokens(&self) -> Vec<Vec<(String, u32)>> {
+        let mut whole = vec![Vec::new(); 256];
+        for (id, (token, kind)) in (0..).zip(self.tokens.iter().zip(&self.kinds)) {
+            match kind {
+                TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown => {
+                    whole[usize::from(token.as_bytes()[0])].push((token.clone(), id));
+                }
+                TokenKind::Normal | TokenKind::Unused | TokenKind::Byte => (),
+            }
+        }
+        whole.iter_mut().for_each(|group| group.sort_by_key(|(token, _)| std::cmp::Reverse(token.len())));
         whole
+    }
+
+    fn cutter(&self) -> Result<Cutter, String> {
+        let (words, normalizes) = match &self.method {
+            Method::SmolLm => (word_cutter(), false),
+            Method::Qwen2 => (qwen2_cutter(), true),
+            Method::SentencePiece { scores, add_space_prefix } => {
+                let pieces = SentencePiece::new(self, scores, *add_space_prefix)?;
+                return Ok(Cutter::Pieces(Box::new(pieces)));
+            }
+        };
+        Ok(Cutter::ByteLevel { bpe: Box::new(self.bpe()?), words, normalizes })
     }
 
     fn bpe(&self) -> Result<BPE, String> {
@@ -254,10 +353,18 @@ impl TokenKind {
     }
 }
 
-/// [`PRE_TOKENIZER`]: this order, these settings; a single ByteLevel (as in GPT-2) or another pattern gives
+/// [`Method::SmolLm`]: this order, these settings; a single ByteLevel (as in GPT-2) or another pattern gives
 /// other ids around digits.
 fn word_cutter() -> Sequence {
     Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()])
+}
+
+/// [`Method::Qwen2`].
+fn qwen2_cutter() -> Sequence {
+    let pattern = SplitPattern::Regex(QWEN2_PATTERN.to_owned());
+    let split =
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).expect("a fixed pattern is well formed");
+    Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()])
 }
 
 /// The words of a text, bytes as printable characters.

@@ -1,5 +1,5 @@
 //! A weight matrix as it rests: its storage format and its bytes, owned or shared with the model file.
-//! How values become blocks is in `weights/quantize.rs` and `weights/k_quants.rs`, the way back in
+//! How values become blocks is in `weights/quantize.rs`, `weights/k_quants.rs` and `weights/search.rs`, the way back in
 //! `weights/dequantize.rs`.
 
 mod dequantize;
@@ -7,6 +7,7 @@ mod dequantize;
 mod ggml;
 mod k_quants;
 mod quantize;
+mod search;
 
 use std::fmt;
 use std::ops::Range;
@@ -108,6 +109,19 @@ impl WeightFormat {
     }
 }
 
+/// How the scales of blocks are chosen. The formats, and so the readers, are the same.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum QuantizeMethod<'a> {
+    /// As ggml's plain quantizers, bit for bit.
+    #[default]
+    Ggml,
+    /// By search for the least squared error in Q4_0, Q4_1, Q5_0 and Q8_0; as ggml in the other formats.
+    Search {
+        /// How often the squared error of each column counts; without it all count alike.
+        importance: Option<&'a [f32]>,
+    },
+}
+
 /// A frozen weight: `rows` (out) by `cols` (in), row-major, in its format at rest.
 #[derive(Clone)]
 pub struct WeightMatrix {
@@ -143,6 +157,20 @@ impl WeightMatrix {
         cols: usize,
         format: WeightFormat,
     ) -> Result<Self, WeightError> {
+        Self::quantize(values, rows, cols, format, QuantizeMethod::Ggml)
+    }
+
+    /// Stores `rows * cols` values in the format, with scales chosen by the method.
+    ///
+    /// # Errors
+    /// As [`WeightMatrix::from_f32`]; [`WeightError::Length`] also when not every column has its importance.
+    pub fn quantize(
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        format: WeightFormat,
+        method: QuantizeMethod<'_>,
+    ) -> Result<Self, WeightError> {
         byte_len(rows, cols, format)?;
         if values.len() != rows * cols {
             return Err(WeightError::Length {
@@ -158,7 +186,18 @@ impl WeightMatrix {
             let storage = Storage::Floats(Floats::Owned(values.to_vec()));
             return Ok(Self { rows, cols, format, storage });
         }
-        Self::from_bytes(quantize::quantize(values, format), rows, cols, format)
+        let bytes = match method {
+            QuantizeMethod::Ggml => quantize::quantize(values, format),
+            QuantizeMethod::Search { importance: None } => search::search(values, format, &vec![1.0; cols]),
+            QuantizeMethod::Search { importance: Some(importance) } => {
+                if importance.len() != cols {
+                    let (expected, found) = (cols, importance.len());
+                    return Err(WeightError::Length { rows: 1, cols, expected, found, unit: "importances" });
+                }
+                search::search(values, format, importance)
+            }
+        };
+        Self::from_bytes(bytes, rows, cols, format)
     }
 
     /// Takes bytes that are already in the format.

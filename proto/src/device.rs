@@ -324,7 +324,10 @@ impl Device {
     pub fn handle_training_failed(&mut self, failure: &TrainingFailure, now: UnixMillis) {
         let depends_on_data = match failure {
             TrainingFailure::Failed(_) | TrainingFailure::InsufficientData { .. } => true,
-            TrainingFailure::Interrupted(_) | TrainingFailure::PlanRejected(_) => false,
+            // Budgets are held against the plan's shapes and the clock, never against the text.
+            TrainingFailure::Interrupted(_)
+            | TrainingFailure::PlanRejected(_)
+            | TrainingFailure::OverBudget(_) => false,
         };
         if let State::InSession(session) = &self.state
             && session.is_private()

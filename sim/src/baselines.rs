@@ -23,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
 /// Points of central training's curve.
-const CURVE_POINTS: u32 = 6;
+const CURVE_POINTS: u32 = 8;
 
 /// Scores of a model on both groups.
 #[derive(Debug, Clone, Copy)]
@@ -77,8 +77,8 @@ pub fn central(
     let scenario = scenario.clone();
     pool.submit(move |workspace| {
         workspace.trainer = None; // its buffers are not needed any more
-        let mut trainer =
-            LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
+        let options = scenario.engine.options()?;
+        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
         let mut run = CentralRun::new(&scenario, &layout, pooled, tokens, seed);
         let mut curve = Vec::new();
         for step in 0..run.steps {
@@ -174,7 +174,8 @@ pub fn local_only(
     let plan =
         LocalTraining { steps: scenario.local_only.steps, ..local_training(&scenario.training_plan()?) };
     let federated = Arc::new(Adapter::new(Arc::clone(&experiment.layout), federated.to_vec())?);
-    let start = |user| alone(pool, experiment, user, &plan, &federated, seed);
+    let options = scenario.engine.options()?;
+    let start = |user| alone(pool, experiment, user, (&plan, options), &federated, seed);
     Ok(choose_users(experiment, scenario.local_only.devices, seed).into_iter().map(start).collect())
 }
 
@@ -190,7 +191,7 @@ fn alone(
     pool: &Pool,
     experiment: &Experiment,
     index: usize,
-    plan: &LocalTraining,
+    (plan, options): (&LocalTraining, TrainerOptions),
     federated: &Arc<Adapter>,
     seed: u64,
 ) -> Pending<LocalOnlyDevice> {
@@ -200,8 +201,7 @@ fn alone(
     let batch_seed = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     pool.submit(move |workspace| {
         workspace.trainer = None;
-        let mut trainer =
-            LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), TrainerOptions::default())?;
+        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
         let mut own = Adapter::init(layout);
         fine_tune(&mut trainer, &mut own.values, &user.train, &plan, batch_seed, &mut || false)?;
         let local = evaluate(&base, Some(&own), &user.test)?;

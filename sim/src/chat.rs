@@ -42,10 +42,21 @@ pub struct ChatArgs {
 pub fn run(args: &ChatArgs) -> Result<()> {
     let mut chat = Chat::open(args)?;
     if let Some(message) = &args.once {
-        return chat.exchange(message, &mut io::stdout().lock(), &mut io::stderr().lock());
+        return match chat.exchange(message, &mut io::stdout().lock(), &mut io::stderr().lock())? {
+            Turn::Answered => Ok(()),
+            Turn::Refused(reason) => Err(reason),
+        };
     }
     let terminal = io::stdin().is_terminal() && io::stderr().is_terminal();
     chat.converse(io::stdin().lock(), &mut io::stdout().lock(), &mut io::stderr(), terminal)
+}
+
+/// What became of a message.
+#[derive(Debug)]
+enum Turn {
+    Answered,
+    /// The conversation is as it was before.
+    Refused(anyhow::Error),
 }
 
 /// A model and what was said so far.
@@ -91,8 +102,12 @@ impl Chat {
             }
             let Some(line) = lines.next() else { break };
             let line = line.context("standard input")?;
-            if !line.trim().is_empty() {
-                self.exchange(&line, out, notes)?;
+            if line.trim().is_empty() {
+                continue;
+            }
+            match self.exchange(&line, out, notes)? {
+                Turn::Answered => {}
+                Turn::Refused(reason) => writeln!(notes, "not answered: {reason:#}")?,
             }
         }
         if terminal {
@@ -102,15 +117,17 @@ impl Chat {
     }
 
     /// Answers one message, in the light of those before it.
-    fn exchange(&mut self, message: &str, out: &mut dyn Write, notes: &mut dyn Write) -> Result<()> {
+    fn exchange(&mut self, message: &str, out: &mut dyn Write, notes: &mut dyn Write) -> Result<Turn> {
+        let before = self.conversation.messages.clone();
         self.conversation.push(Role::User, message);
         let context = self.engine.base().config.context_length;
-        let template = &self.template;
-        let room = context.saturating_sub(self.sampling.max_tokens);
-        let (prompt, dropped) =
-            self.conversation.fit(room, |messages| Ok(template.encode(messages, true)?))?;
-        let found = prompt.len();
-        ensure!(found < context, "the message takes {found} tokens, the model's context holds {context}");
+        let (prompt, dropped) = match self.prompt(context) {
+            Ok(fitted) => fitted,
+            Err(reason) => {
+                self.conversation.messages = before;
+                return Ok(Turn::Refused(reason));
+            }
+        };
         if dropped > 0 {
             writeln!(notes, "the context is full: the oldest {dropped} messages are forgotten")?;
         }
@@ -127,7 +144,18 @@ impl Chat {
             EndReason::ContextFull => writeln!(notes, "cut: the context of {context} tokens is full")?,
             EndReason::EndToken | EndReason::StopString | EndReason::Cancelled => {}
         }
-        Ok(())
+        Ok(Turn::Answered)
+    }
+
+    /// Tokens of the conversation, and how many of its oldest messages were forgotten to make room for an answer.
+    fn prompt(&mut self, context: usize) -> Result<(Vec<u32>, usize)> {
+        let template = &self.template;
+        let room = context.saturating_sub(self.sampling.max_tokens);
+        let (prompt, dropped) =
+            self.conversation.fit(room, |messages| Ok(template.encode(messages, true)?))?;
+        let found = prompt.len();
+        ensure!(found < context, "the message takes {found} tokens, the model's context holds {context}");
+        Ok((prompt, dropped))
     }
 
     /// The one place where the model runs.

@@ -373,9 +373,10 @@ impl<'a> Fleet<'a> {
         let (checkpoint, base) = (Arc::clone(checkpoint), Arc::clone(&self.experiment.base));
         let blocks = Arc::clone(&self.experiment.users[device.user].train);
         let seed = training_seed(self.seed, device.user);
+        let options = self.scenario.engine.options()?;
         let job = self.pool.submit(move |workspace| {
             if workspace.trainer.is_none() {
-                workspace.trainer = Some(LocalTrainer::new(base, &order.plan)?);
+                workspace.trainer = Some(LocalTrainer::with_options(base, &order.plan, options)?);
             }
             let trainer = workspace.trainer.as_mut().expect("set above");
             Ok(trainer.run(&order, &checkpoint, &blocks, &seed, &mut || false)?)

@@ -1,7 +1,7 @@
 //! The program `fleetune-sim`.
 
 use clap::{Parser, Subcommand};
-use fleetune_sim::{account, bench, chat, pretrain, run, tools};
+use fleetune_sim::{account, bench, chat, classify, pretrain, quantize, run, tools};
 use tracing_subscriber::EnvFilter;
 
 /// Simulates federated fine-tuning fleets on one machine.
@@ -22,10 +22,15 @@ enum Command {
     Tokenize(tools::TokenizeArgs),
     /// Write an adapter in another format.
     Export(tools::ExportArgs),
+    /// Write a model in another weight format.
+    Quantize(quantize::QuantizeArgs),
     /// Continue a text.
     Generate(tools::GenerateArgs),
     /// Talk with a model that has a chat template.
     Chat(chat::ChatArgs),
+    /// Classify texts with an encoder of the BERT family.
+    #[command(subcommand)]
+    Classify(classify::Command),
     /// Plan a private run: what a mechanism gives away, and how much noise an epsilon needs.
     #[command(subcommand)]
     Account(account::Command),
@@ -44,8 +49,10 @@ fn main() -> anyhow::Result<()> {
         Command::Eval(args) => tools::eval(&args),
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Export(args) => tools::export(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Generate(args) => tools::generate_text(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Classify(command) => classify::run(&command),
         Command::Account(command) => account::run(&command),
         Command::Bench(command) => bench::run(&command),
         Command::Pretrain(args) => pretrain::run(&args),

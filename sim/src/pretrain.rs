@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use fleetune_model::base::BaseModel;
 use fleetune_model::config::ModelConfig;
+use fleetune_model::family::Family;
 use fleetune_model::tokenizer::{SpecialTokens, Tokenizer, train_bpe};
 use sha2::{Digest, Sha256};
 
@@ -172,6 +173,7 @@ fn model_config(args: &PretrainArgs, vocab_size: usize) -> anyhow::Result<ModelC
     ensure!(args.heads > 0 && args.hidden.is_multiple_of(args.heads), "hidden must be a multiple of heads");
     let config = ModelConfig {
         name: args.name.clone(),
+        family: Family::Llama,
         vocab_size,
         hidden: args.hidden,
         layers: args.layers,

@@ -1,6 +1,10 @@
 //! A scenario: everything that a simulated fleet is made of, as one TOML file. What a file leaves
 //! out has the value of `scenarios/default.toml`, which shows every setting.
 
+mod engine;
+
+pub use engine::Engine;
+
 use anyhow::{Context, Result, ensure};
 use fleetune_coordinator::{NoiseSpec, PrivacySpec, ServerOptimizer};
 use fleetune_model::adapter::LoraConfig;
@@ -33,6 +37,8 @@ pub struct Scenario {
     pub adapter: AdapterShape,
     /// Local training.
     pub training: Training,
+    /// How devices compute.
+    pub engine: Engine,
     /// From updates to a sum.
     pub aggregation: Aggregation,
     /// From a sum to the next adapter.
@@ -361,6 +367,7 @@ impl Scenario {
         ensure!(self.evaluation.every >= 1 && self.evaluation.blocks >= 1, "evaluation: at least 1");
         ensure!(self.central.batch_size >= 1, "central.batch_size: at least 1");
         self.lora(0)?;
+        self.engine.options()?;
         self.training_plan()?;
         self.aggregation_plan()?;
         self.privacy_spec()?;
@@ -573,6 +580,7 @@ mod tests {
         check("[server]\noptimizer = \"adam\"", "server.optimizer");
         check("[aggregation]\nprotocol = \"secagg\"", "aggregation.protocol");
         check("[adapter]\ntargets = [\"head\"]", "adapter.targets");
+        check("[engine]\nprecision = \"f16\"", "engine.precision");
         check("rounds = ", "x.toml");
     }
 }

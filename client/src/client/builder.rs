@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use fleetune_model::train::TrainerOptions;
+use fleetune_model::train::{Precision, Recompute, TimeBudget, TrainerOptions, WhenShort};
 use fleetune_privacy::{Ledger, NoiseOrigin};
 use fleetune_proto::device::{Device, DeviceFloors, DeviceRecord, DeviceSetup};
 use fleetune_proto::{AggregationProtocol, Name, TrustRoot};
@@ -122,8 +123,45 @@ impl ClientBuilder {
 
     /// Trains in less than half the memory and a third more time. The update is the same.
     #[must_use]
-    pub fn low_memory(mut self) -> Self {
-        self.options.recompute = true;
+    pub fn low_memory(self) -> Self {
+        self.recompute(Recompute::Always)
+    }
+
+    /// Whether layers run again in the backward pass. By default where the memory budget asks for it.
+    #[must_use]
+    pub fn recompute(mut self, recompute: Recompute) -> Self {
+        self.options.recompute = recompute;
+        self
+    }
+
+    /// Bytes that a training may take, the base model included, as predicted before it starts. Batches are cut,
+    /// layers run again and, at the worst, blocks are shortened to fit; a task that does not fit however it is
+    /// cut is reported as rejected and not accepted again until the client is built anew.
+    #[must_use]
+    pub fn memory_budget(mut self, bytes: u64) -> Self {
+        self.options.memory_bytes = Some(bytes);
+        self
+    }
+
+    /// Time that a training may take by the client's clock. A task that does not fit is reported as rejected and
+    /// not accepted again for some hours.
+    #[must_use]
+    pub fn time_budget(mut self, limit: Duration, when_short: WhenShort) -> Self {
+        self.options.time = Some(TimeBudget { limit, when_short });
+        self
+    }
+
+    /// Number format of the large products' factors; f32 by default.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.options.precision = precision;
+        self
+    }
+
+    /// Threads that train; one by default. The update is the same for any number.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.options.threads = threads;
         self
     }
 
@@ -181,6 +219,7 @@ impl ClientBuilder {
             base: None,
             checkpoint: None,
             too_little: BTreeMap::new(),
+            over_budget: BTreeMap::new(),
             events: VecDeque::new(),
             _lock: lock,
         })

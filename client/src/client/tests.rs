@@ -158,7 +158,7 @@ fn conditions_that_lapse_in_training_interrupt_it() {
     desk.keep(&BASE);
     desk.keep(&checkpoint());
     let asked = AtomicU32::new(0);
-    // Choosing, before training, then each step: the battery is unplugged at the third.
+    // Choosing, before training, then between layers: the battery is unplugged at the third of these.
     let unplugged = move || match asked.fetch_add(1, Ordering::Relaxed) {
         0..4 => Ok(()),
         _ => Err("unplugged".to_owned()),
@@ -168,6 +168,20 @@ fn conditions_that_lapse_in_training_interrupt_it() {
     assert_eq!(desk.log().results(), [TaskResult::Interrupted]);
     assert!(client.poll_events().contains(&Event::Ended("interrupted: unplugged".into())));
     assert!(desk.log().check_ins()[2].eligible_tasks.is_empty(), "and it offers nothing now");
+}
+
+#[test]
+fn a_training_beyond_the_budget_is_reported_and_not_tried_again() {
+    let desk = Desk::new();
+    desk.answers([policy(), assignment(&plan())]);
+    let builder = desk.builder().insecure_allow_plaintext_aggregation().memory_budget(1_000_000);
+    let mut client = builder.build(desk.transport(), willing()).unwrap();
+    desk.drive(&mut client, |log| log.check_ins().len() == 5);
+    assert_eq!(desk.log().results(), [TaskResult::PlanRejected]);
+    let told = |e: &Event| matches!(e, Event::Ended(reason) if reason.contains("the budget is 1 MB"));
+    assert!(client.poll_events().iter().any(told));
+    let offered: Vec<bool> = desk.log().check_ins().iter().map(|c| !c.eligible_tasks.is_empty()).collect();
+    assert_eq!(offered.iter().filter(|offered| **offered).count(), 1, "{offered:?}");
 }
 
 #[test]

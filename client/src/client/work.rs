@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use fleetune_model::base::BaseModel;
+use fleetune_model::train::{Clocked, TrainSummary};
 use fleetune_proto::device::{TrainOrder, TrainingFailure};
 use fleetune_proto::{Digest, Name, PopulationPolicy, ReleaseManifest, TaskOffer};
 
@@ -15,6 +17,14 @@ use crate::files::StoreError;
 use crate::release::ReleaseError;
 use crate::training::LocalTrainer;
 use crate::transport::Transport;
+
+/// How often the app's conditions are asked for while a training runs: a battery is not a layer's matter.
+const ASK_EVERY: Duration = Duration::from_millis(50);
+
+/// How long a task is not accepted whose training did not fit.
+const OVER_BUDGET_MS: u64 = 6 * 3_600_000;
+
+const CLOSING: &str = "the app is closing";
 
 impl<T: Transport> Client<T> {
     /// The tasks this device takes part in now.
@@ -36,7 +46,8 @@ impl<T: Transport> Client<T> {
 
     fn accepts(&self, offer: &TaskOffer, held: usize) -> bool {
         let enough = self.too_little.get(&offer.task).map_or(held > 0, |short| held > *short);
-        enough && self.floors.protocols.contains(&offer.protocol) && self.app.consent.allows(offer)
+        let too_large = self.over_budget.get(&offer.task).is_some_and(|until| self.clock.now() < *until);
+        enough && !too_large && self.floors.protocols.contains(&offer.protocol) && self.app.consent.allows(offer)
     }
 
     pub(super) fn fetch(&mut self, digest: Digest, stop: &AtomicBool) {
@@ -67,22 +78,33 @@ impl<T: Transport> Client<T> {
             self.app.examples.texts().map_err(|e| TrainingFailure::Failed(format!("examples: {e}")))?;
         let blocks = data::blocks(&base.tokenizer, &texts, order.plan.training.block_tokens as usize);
         let mut trainer = LocalTrainer::with_options(base, &order.plan, self.options)?;
-        let (conditions, mut lapsed) = (self.app.conditions.as_ref(), None);
-        let mut should_stop = || {
-            lapsed = lapse(conditions, stop);
+        let (conditions, clock) = (self.app.conditions.as_ref(), self.clock.as_ref());
+        let (mut lapsed, mut asked) = (None, None);
+        let should_stop = || {
+            let now = clock.elapsed();
+            if lapsed.is_none() && asked.is_none_or(|then| now.saturating_sub(then) >= ASK_EVERY) {
+                asked = Some(now);
+                lapsed = conditions.hold().err();
+            }
+            if stop.load(Ordering::Relaxed) {
+                lapsed = Some(CLOSING.to_owned());
+            }
             lapsed.is_some()
         };
-        let trained = trainer.run(order, &checkpoint, &blocks, &self.device_seed, &mut should_stop);
+        let mut watch = Clocked { should_stop, now: || clock.elapsed() };
+        let trained = trainer.run(order, &checkpoint, &blocks, &self.device_seed, &mut watch);
         match (trained, lapsed) {
             (Ok(update), _) => {
                 let (first, last) = (update.summary.first_loss, update.summary.last_loss);
-                tracing::debug!(blocks = blocks.len(), first, last, "trained");
+                let (steps, memory_bytes) = (update.summary.steps, update.summary.fit.memory_bytes);
+                tracing::debug!(blocks = blocks.len(), first, last, steps, memory_bytes, "trained");
+                self.tell_of_cuts(order, &update.summary);
                 self.too_little.remove(&order.plan.task);
                 Ok(update.delta)
             }
             (Err(TrainingFailure::Interrupted(_)), Some(reason)) => Err(TrainingFailure::Interrupted(reason)),
             (Err(failure), _) => {
-                self.remember_too_little(&failure, order, &texts);
+                self.remember(&failure, order, &texts);
                 Err(failure)
             }
         }
@@ -141,9 +163,31 @@ impl<T: Transport> Client<T> {
         TrainingFailure::Failed(format!("{what}; it will be read again"))
     }
 
-    fn remember_too_little(&mut self, failure: &TrainingFailure, order: &TrainOrder, texts: &[String]) {
-        if matches!(failure, TrainingFailure::InsufficientData { .. }) {
-            self.too_little.insert(order.plan.task.clone(), bytes_of(texts));
+    /// A task that cannot be trained here is not tried over and over: with too little text not before there is
+    /// more, beyond the budgets not for some hours. Only the clock can change the latter, for a busy device.
+    fn remember(&mut self, failure: &TrainingFailure, order: &TrainOrder, texts: &[String]) {
+        match failure {
+            TrainingFailure::InsufficientData { .. } => {
+                self.too_little.insert(order.plan.task.clone(), bytes_of(texts));
+            }
+            TrainingFailure::OverBudget(reason) => {
+                tracing::warn!(task = %order.plan.task, reason, "training does not fit this device's budgets");
+                let until = self.clock.now().plus(OVER_BUDGET_MS);
+                self.over_budget.insert(order.plan.task.clone(), until);
+            }
+            TrainingFailure::Interrupted(_)
+            | TrainingFailure::PlanRejected(_)
+            | TrainingFailure::Failed(_) => {}
+        }
+    }
+
+    /// A contribution of less than the plan asks for is legitimate, and its owner is told.
+    fn tell_of_cuts(&self, order: &TrainOrder, summary: &TrainSummary) {
+        let plan = &order.plan.training;
+        let block_tokens = summary.fit.block_tokens;
+        if summary.steps < plan.steps || block_tokens < plan.block_tokens as usize {
+            let (steps, planned) = (summary.steps, plan.steps);
+            tracing::warn!(steps, planned, block_tokens, "trained less than planned, to stay within the budgets");
         }
     }
 }
@@ -151,7 +195,7 @@ impl<T: Transport> Client<T> {
 /// The reason to stop now, if there is one.
 fn lapse(conditions: &dyn Conditions, stop: &AtomicBool) -> Option<String> {
     if stop.load(Ordering::Relaxed) {
-        return Some("the app is closing".to_owned());
+        return Some(CLOSING.to_owned());
     }
     conditions.hold().err()
 }

@@ -1,5 +1,7 @@
 //! Local training on the made-up fleet.
 
+use fleetune_model::train::Recompute;
+
 use super::*;
 use crate::data::blocks;
 use crate::fixture::{BLOCK_TOKENS, base, base_bytes, checkpoint, plan, texts};
@@ -41,11 +43,21 @@ fn less_memory_gives_the_same_bits() {
     let mut frugal = LocalTrainer::with_options(
         base(),
         &order.plan,
-        TrainerOptions { recompute: true, ..TrainerOptions::default() },
+        TrainerOptions { recompute: Recompute::Always, threads: 2, ..TrainerOptions::default() },
     )
     .unwrap();
     let update = frugal.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false).unwrap();
-    assert_eq!(update, run(&order, 1).unwrap());
+    assert_eq!(update.delta, run(&order, 1).unwrap().delta);
+}
+
+#[test]
+fn a_budget_that_is_too_small_is_told_with_its_figures() {
+    let order = order(&plan());
+    let options = TrainerOptions { memory_bytes: Some(1_000_000), ..TrainerOptions::default() };
+    let mut trainer = LocalTrainer::with_options(base(), &order.plan, options).unwrap();
+    let error = trainer.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false).unwrap_err();
+    let TrainingFailure::OverBudget(reason) = error else { panic!("{error}") };
+    assert!(reason.contains("the budget is 1 MB"), "{reason}");
 }
 
 #[test]
@@ -77,7 +89,7 @@ fn what_cannot_be_trained_says_why() {
     let mut steps = 0;
     let mut third = || {
         steps += 1;
-        steps > 2
+        steps > 20
     };
     let stopped = trainer.run(&order, &checkpoint(), &blocks, &[1; 32], &mut third).unwrap_err();
     assert!(matches!(stopped, TrainingFailure::Interrupted(_)), "{stopped}");

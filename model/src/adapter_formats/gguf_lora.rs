@@ -14,9 +14,11 @@ use crate::weights::{WeightFormat, WeightMatrix};
 pub const BASE_SHA256_KEY: &str = "fleetune.base_sha256";
 
 const ALPHA: &str = "adapter.lora.alpha";
-/// What makes a GGUF file a LoRA adapter for this architecture.
-const MARKS: [(&str, &str); 3] =
-    [("general.architecture", "llama"), ("general.type", "adapter"), ("adapter.type", "lora")];
+/// What makes a GGUF file a LoRA adapter for that model.
+fn marks(base: &BaseModel) -> [(&'static str, &'static str); 3] {
+    let architecture = base.config.family.architecture();
+    [("general.architecture", architecture), ("general.type", "adapter"), ("adapter.type", "lora")]
+}
 
 /// Writes an adapter, bound to its base, with values stored as `format` (F32 or F16); `extra` adds keys such
 /// as the round or the parent and wins over those written. A frozen A is written like a trained one.
@@ -39,7 +41,7 @@ pub fn to_gguf_lora(
     let tensors: Vec<_> =
         factors.iter().map(|(name, matrix)| TensorEntry::of_matrix(name.clone(), matrix)).collect();
     let mut metadata = Metadata::default();
-    MARKS.into_iter().for_each(|(key, value)| metadata.set(key, value));
+    marks(base).into_iter().for_each(|(key, value)| metadata.set(key, value));
     metadata.set(ALPHA, adapter.layout.config().alpha);
     metadata.set(BASE_SHA256_KEY, hex::encode(base.sha256));
     metadata.extend(extra);
@@ -56,7 +58,7 @@ pub fn to_gguf_lora(
 /// [`AdapterError::Malformed`] for tensors that do not fit.
 pub fn from_gguf_lora(bytes: &[u8], base: &BaseModel) -> Result<Adapter, AdapterError> {
     let file = Gguf::parse(bytes.to_vec().into())?;
-    check_marks(&file.metadata)?;
+    check_marks(&file.metadata, base)?;
     check_base(&file.metadata, base)?;
     let pairs = read_pairs(&file)?;
     adapter_of_pairs(&base.config, file.metadata.f32(ALPHA)?, pairs)
@@ -88,8 +90,8 @@ fn tensor_name(layer: usize, projection: Projection, suffix: &str) -> String {
     format!("{}.lora_{suffix}", gguf::model::layer_tensor(layer, projection.gguf_name()))
 }
 
-fn check_marks(metadata: &Metadata) -> Result<(), AdapterError> {
-    for (key, expected) in MARKS {
+fn check_marks(metadata: &Metadata, base: &BaseModel) -> Result<(), AdapterError> {
+    for (key, expected) in marks(base) {
         let found = metadata.string(key)?;
         if found != expected {
             return Err(malformed(key, format!("expected {expected:?}, found {found:?}")));

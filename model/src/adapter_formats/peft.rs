@@ -95,7 +95,7 @@ fn pair_tensors(
     let rank = adapter.layout.config().rank;
     let (out, cols_in) = projection.shape(model);
     let b = adapter.factor_b(layer, projection);
-    let b = match projection.rotary_heads(model) {
+    let b = match projection.reordered_heads(model) {
         Some(heads) => rotary::to_hugging_face(b, out, heads),
         None => b.to_vec(),
     };
@@ -141,16 +141,17 @@ fn module_name(projection: Projection) -> &'static str {
 
 /// The fields that decide what the adapter computes; `target_modules` is left to the tensors that are there.
 #[derive(Deserialize)]
-struct PeftConfig {
+pub(crate) struct PeftConfig {
     peft_type: String,
-    r: usize,
+    pub(crate) r: usize,
     lora_alpha: f32,
     #[serde(default)]
     bias: Option<String>,
     #[serde(default)]
     use_rslora: bool,
+    /// Every other field.
     #[serde(flatten)]
-    others: BTreeMap<String, Value>,
+    pub(crate) others: BTreeMap<String, Value>,
 }
 
 /// Fields of other methods, which must be null, false or empty.
@@ -175,7 +176,7 @@ const OFF: [&str; 15] = [
 const INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
 impl PeftConfig {
-    fn refuse_other_methods(&self) -> Result<(), AdapterError> {
+    pub(crate) fn refuse_other_methods(&self) -> Result<(), AdapterError> {
         let off = |field: &&str| match self.others.get(*field) {
             None | Some(Value::Null | Value::Bool(false)) => true,
             Some(Value::Object(map)) => map.is_empty(),
@@ -202,7 +203,7 @@ impl PeftConfig {
     }
 
     /// rsLoRA scales by alpha over the root of the rank; as alpha over the rank that is alpha times the root.
-    fn effective_alpha(&self) -> f32 {
+    pub(crate) fn effective_alpha(&self) -> f32 {
         if self.use_rslora { self.lora_alpha * (self.r as f32).sqrt() } else { self.lora_alpha }
     }
 }
@@ -230,7 +231,7 @@ fn to_gguf_order(
     model: &ModelConfig,
     projection: Projection,
 ) -> Result<(Vec<usize>, Vec<f32>), String> {
-    let Some(heads) = projection.rotary_heads(model) else { return Ok((shape, values)) };
+    let Some(heads) = projection.reordered_heads(model) else { return Ok((shape, values)) };
     let rows = projection.shape(model).0;
     if shape.first() != Some(&rows) {
         return Err(format!("expected {rows} rows, found shape {shape:?}"));

@@ -1,4 +1,5 @@
-//! The keys and tensors of architecture `llama` in a GGUF file, and the base model they make, both ways.
+//! The keys and tensors of a decoder in a GGUF file, and the base model they make, both ways. What differs by family is
+//! in `gguf/family.rs`.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -6,11 +7,13 @@ use std::thread;
 
 use sha2::{Digest, Sha256};
 
-use super::{Gguf, Metadata, MetadataValue, TensorEntry};
-use crate::base::{BaseModel, LayerWeights, check_vocabulary};
+use super::family::{check_architecture, read_family, refuse_other_computations, unsupported, write_family};
+use super::{Gguf, Metadata, TensorEntry};
+use crate::base::{BaseModel, LayerExtras, LayerWeights, check_vocabulary};
 use crate::bytes::SharedBytes;
 use crate::config::{ModelConfig, Projection};
 use crate::error::ModelError;
+use crate::family::Extra;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightFormat;
 
@@ -18,7 +21,6 @@ use crate::weights::WeightFormat;
 const HASHED_BESIDE: usize = 1 << 22;
 /// Bytes of a mapped file that are in memory for its hash.
 const HASHED_AT_ONCE: usize = 1 << 20;
-const ARCHITECTURE: &str = "llama";
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 const TOKEN_EMBEDDING: &str = "token_embd.weight";
 const OUTPUT_NORM: &str = "output_norm.weight";
@@ -26,20 +28,14 @@ const OUTPUT: &str = "output.weight";
 /// Llama's own base of the rotary frequencies, where a file names none.
 const ROPE_BASE: f32 = 10_000.0;
 
-/// Keys that would change the computation, and the only values that leave it as it is here.
-const UNSUPPORTED: [(&str, &[&str]); 7] = [
-    ("llama.rope.scaling.type", &["none"]),
-    ("llama.expert_count", &["0"]),
-    ("llama.attention.sliding_window", &["0"]),
-    ("llama.attention.clamp_kqv", &["0"]),
-    ("llama.attention.scale", &["0"]),
-    ("llama.logit_scale", &["0", "1"]),
-    ("llama.embedding_scale", &["0", "1"]),
-];
-
 /// The name of a layer's tensor, as in `blk.0.attn_q.weight`.
 pub(crate) fn layer_tensor(layer: usize, name: &str) -> String {
     format!("blk.{layer}.{name}.weight")
+}
+
+/// The name of a layer's vector that only some families have, as in `blk.0.attn_q.bias`.
+pub(crate) fn extra_tensor(layer: usize, extra: Extra) -> String {
+    format!("blk.{layer}.{}", extra.gguf_name())
 }
 
 /// Reads a base model from the bytes of a GGUF file.
@@ -127,83 +123,67 @@ impl Write for HashWriter {
 fn read_config(file: &Gguf) -> Result<ModelConfig, ModelError> {
     let metadata = &file.metadata;
     let architecture = metadata.string("general.architecture")?;
-    if architecture != ARCHITECTURE {
-        return Err(ModelError::UnknownArchitecture { found: architecture.to_owned() });
-    }
-    refuse_other_computations(metadata)?;
-    let size = |key: &str| metadata.u32(key).map(|size| size as usize);
-    let hidden = size("llama.embedding_length")?;
-    let heads = size("llama.attention.head_count")?;
-    let kv_heads = metadata.optional_u32("llama.attention.head_count_kv")?;
+    check_architecture(architecture)?;
+    refuse_other_computations(metadata, architecture)?;
+    let key = |name: &str| format!("{architecture}.{name}");
+    let size = |name: &str| metadata.u32(&key(name)).map(|size| size as usize);
+    let (hidden, layers) = (size("embedding_length")?, size("block_count")?);
+    let heads = size("attention.head_count")?;
+    let kv_heads = metadata.optional_u32(&key("attention.head_count_kv"))?;
+    let head_dim = head_dim(metadata, &key, hidden, heads)?;
     let config = ModelConfig {
         name: metadata.optional_string("general.name")?.unwrap_or("unnamed").to_owned(),
+        family: read_family(metadata, architecture, layers, (hidden, heads, head_dim))?,
         vocab_size: file.shape(TOKEN_EMBEDDING)?.0,
         hidden,
-        layers: size("llama.block_count")?,
-        feed_forward: size("llama.feed_forward_length")?,
+        layers,
+        feed_forward: size("feed_forward_length")?,
         heads,
         kv_heads: kv_heads.map_or(heads, |count| count as usize),
-        head_dim: head_dim(metadata, hidden, heads)?,
-        context_length: size("llama.context_length")?,
-        rope_base: metadata.optional_f32("llama.rope.freq_base")?.unwrap_or(ROPE_BASE),
-        rms_eps: metadata.f32("llama.attention.layer_norm_rms_epsilon")?,
+        head_dim,
+        context_length: size("context_length")?,
+        rope_base: metadata.optional_f32(&key("rope.freq_base"))?.unwrap_or(ROPE_BASE),
+        rms_eps: metadata.f32(&key("attention.layer_norm_rms_epsilon"))?,
     };
     config.validated()
 }
 
 /// From the key length if there is one; keys, values and rotated parts must all be that long.
-fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize, ModelError> {
+fn head_dim(
+    metadata: &Metadata,
+    key: &dyn Fn(&str) -> String,
+    hidden: usize,
+    heads: usize,
+) -> Result<usize, ModelError> {
     let split = || hidden.checked_div(heads).filter(|dim| dim * heads == hidden);
     let uneven = || ModelError::Config { field: "heads", reason: format!("{heads} do not divide {hidden}") };
-    let dim = match metadata.optional_u32("llama.attention.key_length")? {
+    let dim = match metadata.optional_u32(&key("attention.key_length"))? {
         Some(dim) => dim as usize,
         None => split().ok_or_else(uneven)?,
     };
-    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-        let found = metadata.optional_u32(key)?.map_or(dim, |found| found as usize);
+    for key in ["attention.value_length", "rope.dimension_count"].map(key) {
+        let found = metadata.optional_u32(&key)?.map_or(dim, |found| found as usize);
         if found != dim {
-            return Err(unsupported(key, found, format!("must be the head length, {dim}")));
+            return Err(unsupported(&key, found, format!("must be the head length, {dim}")));
         }
     }
     Ok(dim)
 }
 
-fn refuse_other_computations(metadata: &Metadata) -> Result<(), ModelError> {
-    for (key, neutral) in UNSUPPORTED {
-        let Some(value) = metadata.value(key) else { continue };
-        let found = plain_text(value);
-        if !neutral.contains(&found.as_str()) {
-            return Err(unsupported(key, found, format!("only {} is supported", neutral.join(" or "))));
-        }
-    }
-    Ok(())
-}
-
-fn plain_text(value: &MetadataValue) -> String {
-    if let MetadataValue::String(text) = value {
-        return text.clone();
-    }
-    let number = value.integer().map(|number| number.to_string());
-    let number = number.or_else(|| value.float().map(|number| number.to_string()));
-    number.unwrap_or_else(|| value.type_name().to_owned())
-}
-
-fn unsupported(key: &str, found: impl ToString, reason: String) -> ModelError {
-    ModelError::Unsupported { key: key.to_owned(), found: found.to_string(), reason }
-}
-
 /// Biases, rotary factors, experts: what is not read here must not be there.
 fn check_tensor_names(file: &Gguf, config: &ModelConfig) -> Result<(), ModelError> {
-    let known: BTreeSet<String> = tensor_names(config.layers).into_iter().collect();
+    let known: BTreeSet<String> = tensor_names(config).into_iter().collect();
     match file.tensor_names().find(|&name| !known.contains(name)) {
         Some(name) => Err(ModelError::UnexpectedTensor { tensor: name.to_owned() }),
         None => Ok(()),
     }
 }
 
-fn tensor_names(layers: usize) -> Vec<String> {
+fn tensor_names(config: &ModelConfig) -> Vec<String> {
     let mut names = [TOKEN_EMBEDDING, OUTPUT_NORM, OUTPUT].map(str::to_owned).to_vec();
-    for layer in 0..layers {
+    for layer in 0..config.layers {
+        let extras = Extra::ALL.into_iter().filter(|extra| extra.len(config).is_some());
+        names.extend(extras.map(|extra| extra_tensor(layer, extra)));
         names.extend(["attn_norm", "ffn_norm"].map(|name| layer_tensor(layer, name)));
         names.extend(Projection::ALL.map(|projection| layer_tensor(layer, projection.gguf_name())));
     }
@@ -220,32 +200,36 @@ fn read_layer(file: &Gguf, config: &ModelConfig, layer: usize) -> Result<LayerWe
         attn_norm: file.vector(&layer_tensor(layer, "attn_norm"), config.hidden)?,
         ffn_norm: file.vector(&layer_tensor(layer, "ffn_norm"), config.hidden)?,
         projections: [q?, k?, v?, o?, gate?, up?, down?],
+        extras: LayerExtras::read(config, |extra, len| file.vector(&extra_tensor(layer, extra), len))?,
     })
 }
 
 fn metadata(model: &BaseModel) -> Metadata {
     let config = &model.config;
+    let architecture = config.family.architecture();
+    let key = |name: &str| format!("{architecture}.{name}");
     let mut metadata = Metadata::default();
-    metadata.set("general.architecture", ARCHITECTURE);
+    metadata.set("general.architecture", architecture);
     metadata.set("general.type", "model");
     metadata.set("general.name", config.name.as_str());
     metadata.set("general.file_type", file_type(model.layers[0].projections[0].format()));
     metadata.set("general.quantization_version", 2u32);
     let sizes = [
-        ("llama.block_count", config.layers),
-        ("llama.context_length", config.context_length),
-        ("llama.embedding_length", config.hidden),
-        ("llama.feed_forward_length", config.feed_forward),
-        ("llama.attention.head_count", config.heads),
-        ("llama.attention.head_count_kv", config.kv_heads),
-        ("llama.attention.key_length", config.head_dim),
-        ("llama.attention.value_length", config.head_dim),
-        ("llama.rope.dimension_count", config.head_dim),
-        ("llama.vocab_size", config.vocab_size),
+        ("block_count", config.layers),
+        ("context_length", config.context_length),
+        ("embedding_length", config.hidden),
+        ("feed_forward_length", config.feed_forward),
+        ("attention.head_count", config.heads),
+        ("attention.head_count_kv", config.kv_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.head_dim),
+        ("vocab_size", config.vocab_size),
     ];
-    sizes.into_iter().for_each(|(key, size)| metadata.set(key, size as u32));
-    metadata.set("llama.rope.freq_base", config.rope_base);
-    metadata.set("llama.attention.layer_norm_rms_epsilon", config.rms_eps);
+    sizes.into_iter().for_each(|(name, size)| metadata.set(&key(name), size as u32));
+    metadata.set(&key("rope.freq_base"), config.rope_base);
+    metadata.set(&key("attention.layer_norm_rms_epsilon"), config.rms_eps);
+    write_family(config, &mut metadata);
     model.tokenizer.write_gguf(&mut metadata);
     model.chat_template.iter().for_each(|template| metadata.set(CHAT_TEMPLATE, template.as_str()));
     metadata
@@ -271,6 +255,9 @@ fn tensors(model: &BaseModel) -> Vec<TensorEntry<'_>> {
     for (index, layer) in model.layers.iter().enumerate() {
         tensors.push(TensorEntry::of_vector(layer_tensor(index, "attn_norm"), &layer.attn_norm));
         tensors.push(TensorEntry::of_vector(layer_tensor(index, "ffn_norm"), &layer.ffn_norm));
+        tensors.extend(Extra::ALL.into_iter().filter_map(|extra| {
+            Some(TensorEntry::of_vector(extra_tensor(index, extra), layer.extras.get(extra)?))
+        }));
         tensors.extend(Projection::ALL.map(|projection| {
             TensorEntry::of_matrix(layer_tensor(index, projection.gguf_name()), layer.projection(projection))
         }));

@@ -76,13 +76,18 @@ impl LayerCache {
 
     /// The context of the queries that stand at the cache's last positions.
     pub(super) fn attend(&self, shape: Heads, q: &[f32], past: usize, context: &mut [f32]) {
-        let (mut keys, mut values) = (buffer(self.keys.len()), buffer(self.values.len()));
-        self.keys.convert_to_f32_slice(&mut keys);
-        self.values.convert_to_f32_slice(&mut values);
+        // What lies before the first query's window is seen by none.
+        let skipped = shape.first_seen(past);
+        let (past, seen) = (past - skipped, skipped * shape.kv_width()..);
+        let (cached_keys, cached_values) = (&self.keys[seen.clone()], &self.values[seen]);
+        let (mut keys, mut values) = (buffer(cached_keys.len()), buffer(cached_values.len()));
+        cached_keys.convert_to_f32_slice(&mut keys);
+        cached_values.convert_to_f32_slice(&mut values);
         let rows = q.len() / shape.q_width();
         if rows == 1 {
+            let group = shape.heads / shape.kv_heads;
             let mut scores = buffer(past + 1);
-            attend_one(q, &keys, &values, shape.head_dim, shape.heads / shape.kv_heads, &mut scores, context);
+            attend_one(q, &keys, &values, shape.head_dim, group, shape.scale, &mut scores, context);
             return;
         }
         let mut log_sum = buffer(rows * shape.heads);
@@ -94,11 +99,10 @@ impl LayerCache {
 simd_fn! {
     /// One query of each head against all keys; `group` heads share a head of keys and values.
     fn attend_one(
-        q: &[f32], keys: &[f32], values: &[f32], head_dim: usize, group: usize, scores: &mut [f32],
-        context: &mut [f32],
+        q: &[f32], keys: &[f32], values: &[f32], head_dim: usize, group: usize, scale: f32,
+        scores: &mut [f32], context: &mut [f32],
     ) {
         let width = keys.len() / scores.len();
-        let scale = 1.0 / (head_dim as f32).sqrt();
         let heads = q.chunks_exact(head_dim).zip(context.chunks_exact_mut(head_dim));
         for (head, (q, context)) in heads.enumerate() {
             let at = head / group * head_dim;

@@ -1,5 +1,6 @@
 //! A projection's weight as inference multiplies it, and rows of activations in the forms that needs.
 
+use super::observe::Observed;
 use crate::kernels::bf16::Precision;
 use crate::kernels::int8::{Packed, Quantized};
 use crate::kernels::linear::Weight;
@@ -22,11 +23,25 @@ pub(super) struct Input {
     width: usize,
     quantized: Quantized,
     is_quantized: bool,
+    observed: Option<Observed>,
 }
 
 impl Input {
+    /// Whose rows are measured.
+    pub(super) fn observed(observed: Observed) -> Self {
+        Self { observed: Some(observed), ..Self::default() }
+    }
+
+    /// What was measured, if it was.
+    pub(super) fn into_observed(self) -> Option<Observed> {
+        self.observed
+    }
+
     /// New rows of `width` values.
     pub(super) fn set(&mut self, values: Buffer, width: usize) {
+        if let Some(observed) = &mut self.observed {
+            observed.add(&values, width);
+        }
         (self.values, self.width, self.is_quantized) = (Some(values), width, false);
     }
 

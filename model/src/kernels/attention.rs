@@ -3,6 +3,8 @@
 //! Scores exist for one head and at most a tile of queries at a time. The backward pass rebuilds the
 //! probabilities from the saved log-sum-exp of each row (Dao et al. 2022).
 
+use std::ops::Range;
+
 use super::bf16::{self, Precision, Right};
 use super::matrix::{Into, View, ViewMut, product};
 use super::scratch::buffer;
@@ -19,6 +21,10 @@ pub(crate) struct Heads {
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
+    /// What scores are multiplied by.
+    pub(crate) scale: f32,
+    /// Keys a query sees, its own included; `usize::MAX` for all up to its own.
+    pub(crate) window: usize,
 }
 
 /// Queries at positions `past..past + rows` with the keys and values of positions `0..past + rows`.
@@ -71,8 +77,9 @@ impl Heads {
         ViewMut::strided(&mut data[first * width + head * self.head_dim..], rows, self.head_dim, width)
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+    /// The first key that the query at that position sees.
+    pub(crate) fn first_seen(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.window)
     }
 }
 
@@ -88,10 +95,10 @@ impl Attention<'_> {
         }
     }
 
-    /// Queries of the tile that starts there, and the keys that the last of them sees.
-    fn tile(&self, first: usize) -> (usize, usize) {
+    /// Queries of the tile that starts there, and the keys that one of them sees.
+    fn tile(&self, first: usize) -> (usize, Range<usize>) {
         let n = self.tile_rows().min(self.rows() - first);
-        (n, self.past + first + n)
+        (n, self.shape.first_seen(self.past + first)..self.past + first + n)
     }
 
     fn product(&self, out: ViewMut<'_>, into: Into, left: View<'_>, right: View<'_>) {
@@ -107,23 +114,19 @@ impl Attention<'_> {
         let mut scores = buffer(self.tile_rows().min(rows) * (self.past + rows));
         for head in 0..s.heads {
             for first in (0..rows).step_by(self.tile_rows()) {
-                let (n, keys) = self.tile(first);
+                let (n, seen) = self.tile(first);
+                let keys = seen.len();
                 let p = &mut scores[..n * keys];
                 self.product(
                     ViewMut::new(p, n, keys),
                     Into::Overwrite,
                     self.queries(head, first, n),
-                    self.keys(head, keys).t(),
+                    self.keys(head, &seen).t(),
                 );
-                causal_softmax(
-                    p,
-                    keys,
-                    self.past + first,
-                    s.scale(),
-                    &mut log_sum[head * rows + first..][..n],
-                );
+                let mask = Mask { keys, first: self.past + first - seen.start, window: s.window };
+                causal_softmax(p, mask, s.scale, &mut log_sum[head * rows + first..][..n]);
                 let out = s.view_mut(context, s.q_width(), head, first, n);
-                self.product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, keys));
+                self.product(out, Into::Overwrite, View::new(p, n, keys), self.values(head, &seen));
             }
         }
     }
@@ -134,16 +137,22 @@ impl Attention<'_> {
         let rows = self.rows();
         let mut p = buffer(self.tile_rows().min(rows) * rows);
         let mut dp = buffer(self.tile_rows().min(rows) * rows);
+        let windowed = self.shape.window < rows;
+        if windowed {
+            out.dk.fill(0.0);
+            out.dv.fill(0.0);
+        }
         for head in 0..self.shape.heads {
-            let mut first_of_group = head % (self.shape.heads / self.shape.kv_heads) == 0;
-            // The last tile reaches every key, so it alone overwrites dk and dv.
+            let mut first_of_group = !windowed && head % (self.shape.heads / self.shape.kv_heads) == 0;
+            // Without a window the last tile reaches every key, so it alone overwrites dk and dv.
             for first in (0..rows).step_by(self.tile_rows()).rev() {
-                let (n, keys) = self.tile(first);
+                let (n, seen) = self.tile(first);
+                let keys = seen.len();
                 let tile = Tile {
                     head,
                     first,
                     rows: n,
-                    keys,
+                    seen,
                     into: if first_of_group { Into::Overwrite } else { Into::Add },
                 };
                 let lse = &log_sum[head * rows + first..][..n];
@@ -162,15 +171,20 @@ impl Attention<'_> {
         out: &mut AttentionGradients<'_>,
     ) {
         let (s, (p, dp)) = (self.shape, scores);
-        let (n, keys, scale) = (t.rows, t.keys, self.shape.scale());
+        let (n, keys, scale, from) = (t.rows, t.seen.len(), self.shape.scale, t.seen.start);
         let (q, k, v) =
-            (self.queries(t.head, t.first, n), self.keys(t.head, keys), self.values(t.head, keys));
+            (self.queries(t.head, t.first, n), self.keys(t.head, &t.seen), self.values(t.head, &t.seen));
         let dctx = s.view(dcontext, s.q_width(), t.head, t.first, n);
         let kv = s.kv_head(t.head);
         self.product(ViewMut::new(p, n, keys), Into::Overwrite, q, k.t());
-        causal_probabilities(p, keys, t.first, scale, lse);
+        causal_probabilities(p, Mask { keys, first: t.first - from, window: s.window }, scale, lse);
         self.product(ViewMut::new(dp, n, keys), Into::Overwrite, dctx, v.t());
-        self.product(s.view_mut(out.dv, s.kv_width(), kv, 0, keys), t.into, View::new(p, n, keys).t(), dctx);
+        self.product(
+            s.view_mut(out.dv, s.kv_width(), kv, from, keys),
+            t.into,
+            View::new(p, n, keys).t(),
+            dctx,
+        );
         softmax_backward(p, dp, keys, scale);
         self.product(
             s.view_mut(out.dq, s.q_width(), t.head, t.first, n),
@@ -178,36 +192,53 @@ impl Attention<'_> {
             View::new(dp, n, keys),
             k,
         );
-        self.product(s.view_mut(out.dk, s.kv_width(), kv, 0, keys), t.into, View::new(dp, n, keys).t(), q);
+        self.product(s.view_mut(out.dk, s.kv_width(), kv, from, keys), t.into, View::new(dp, n, keys).t(), q);
     }
 
     fn queries(&self, head: usize, first: usize, rows: usize) -> View<'_> {
         self.shape.view(self.q, self.shape.q_width(), head, first, rows)
     }
 
-    fn keys(&self, head: usize, rows: usize) -> View<'_> {
-        self.shape.view(self.k, self.shape.kv_width(), self.shape.kv_head(head), 0, rows)
+    fn keys(&self, head: usize, seen: &Range<usize>) -> View<'_> {
+        self.shape.view(self.k, self.shape.kv_width(), self.shape.kv_head(head), seen.start, seen.len())
     }
 
-    fn values(&self, head: usize, rows: usize) -> View<'_> {
-        self.shape.view(self.v, self.shape.kv_width(), self.shape.kv_head(head), 0, rows)
+    fn values(&self, head: usize, seen: &Range<usize>) -> View<'_> {
+        self.shape.view(self.v, self.shape.kv_width(), self.shape.kv_head(head), seen.start, seen.len())
     }
 }
 
-/// `rows` queries of one head from row `first`, against the first `keys` keys.
+/// `rows` queries of one head from row `first`, against the keys that one of them sees.
 struct Tile {
     head: usize,
     first: usize,
     rows: usize,
-    keys: usize,
+    seen: Range<usize>,
     into: Into,
 }
 
+/// Which of a tile's `keys` a row sees: row `i` the last `window` of the first `first + i + 1`.
+#[derive(Debug, Clone, Copy)]
+struct Mask {
+    keys: usize,
+    first: usize,
+    window: usize,
+}
+
+impl Mask {
+    #[inline(always)]
+    fn split<'a>(&self, row: &'a mut [f32], i: usize) -> [&'a mut [f32]; 3] {
+        let (upto, ahead) = row.split_at_mut(self.first + i + 1);
+        let (before, seen) = upto.split_at_mut((self.first + i + 1).saturating_sub(self.window));
+        [before, seen, ahead]
+    }
+}
+
 simd_fn! {
-    /// Softmax of each row over its visible keys, in place; row `i` sees `first + i + 1` of `keys`.
-    fn causal_softmax(p: &mut [f32], keys: usize, first: usize, scale: f32, log_sum: &mut [f32]) {
-        for (i, (row, lse)) in p.chunks_exact_mut(keys).zip(log_sum).enumerate() {
-            let (seen, unseen) = row.split_at_mut(first + i + 1);
+    /// Softmax of each row over its visible keys, in place.
+    fn causal_softmax(p: &mut [f32], mask: Mask, scale: f32, log_sum: &mut [f32]) {
+        for (i, (row, lse)) in p.chunks_exact_mut(mask.keys).zip(log_sum).enumerate() {
+            let [before, seen, ahead] = mask.split(row, i);
             let m = max(seen) * scale;
             for x in seen.iter_mut() {
                 *x = exp(*x * scale - m);
@@ -216,7 +247,8 @@ simd_fn! {
             for x in seen.iter_mut() {
                 *x /= total;
             }
-            unseen.fill(0.0);
+            before.fill(0.0);
+            ahead.fill(0.0);
             *lse = m + total.ln();
         }
     }
@@ -224,13 +256,14 @@ simd_fn! {
 
 simd_fn! {
     /// The probabilities again, from raw scores and the saved log-sum-exp.
-    fn causal_probabilities(p: &mut [f32], keys: usize, first: usize, scale: f32, log_sum: &[f32]) {
-        for (i, (row, lse)) in p.chunks_exact_mut(keys).zip(log_sum).enumerate() {
-            let (seen, unseen) = row.split_at_mut(first + i + 1);
+    fn causal_probabilities(p: &mut [f32], mask: Mask, scale: f32, log_sum: &[f32]) {
+        for (i, (row, lse)) in p.chunks_exact_mut(mask.keys).zip(log_sum).enumerate() {
+            let [before, seen, ahead] = mask.split(row, i);
             for x in seen {
                 *x = exp(*x * scale - lse);
             }
-            unseen.fill(0.0);
+            before.fill(0.0);
+            ahead.fill(0.0);
         }
     }
 }

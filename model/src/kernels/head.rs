@@ -100,8 +100,13 @@ impl Head<'_> {
     }
 }
 
+/// Most rows whose logits are held at once.
+pub(crate) fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_LOGITS / vocab).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX)
+}
+
 fn for_each_chunk(tokens: usize, vocab: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
-    let rows_max = (CHUNK_LOGITS / vocab).clamp(CHUNK_ROWS_MIN, CHUNK_ROWS_MAX).min(tokens);
+    let rows_max = chunk_rows(vocab).min(tokens);
     let mut logits: Buffer = buffer(rows_max * vocab);
     for first in (0..tokens).step_by(rows_max.max(1)) {
         let rows = rows_max.min(tokens - first);

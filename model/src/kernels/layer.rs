@@ -1,9 +1,10 @@
 //! One pre-norm decoder layer, forward, over whole sequences for training and scoring. `layer_backward.rs` holds the
 //! gradients, `infer.rs` the layer over new tokens with cached keys and values.
 
-use super::activation::{add, swiglu};
+use super::activation::add;
 use super::attention::{Attention, Heads};
 use super::bf16::Precision;
+use super::extras::{Extras, Half, Normed};
 use super::kept::Kept;
 use super::linear::Linear;
 use super::norm::Norm;
@@ -18,6 +19,7 @@ pub(crate) struct Layer<'a> {
     pub(crate) rope: &'a RopeTable,
     pub(crate) attn_norm: Norm<'a>,
     pub(crate) ffn_norm: Norm<'a>,
+    pub(crate) extras: Extras<'a>,
     /// By `Projection as usize`.
     pub(crate) projections: [Linear<'a>; 7],
 }
@@ -42,6 +44,8 @@ pub(crate) struct SavedAttention {
     pub(crate) v: Buffer,
     pub(crate) log_sum: Buffer,
     pub(crate) context: Buffer,
+    pub(crate) heads: Option<[Normed; 2]>,
+    pub(crate) output: Option<Normed>,
 }
 
 /// Activations of the feed-forward half; `input` is the residual stream between the halves.
@@ -51,6 +55,7 @@ pub(crate) struct SavedFeedForward {
     pub(crate) inverse_rms: Buffer,
     pub(crate) gate: Kept,
     pub(crate) up: Kept,
+    pub(crate) output: Option<Normed>,
 }
 
 struct Projected {
@@ -58,6 +63,7 @@ struct Projected {
     q: Buffer,
     k: Buffer,
     v: Buffer,
+    heads: Option<[Normed; 2]>,
 }
 
 impl Layer<'_> {
@@ -66,9 +72,12 @@ impl Layer<'_> {
         let mut low = LowActivations::default();
         let p = self.project(x, length, &mut low);
         let (context, log_sum) = self.attend_sequences(&p, length);
-        let feed_forward = self.finish(x, &context, y, &mut low);
-        let attention =
-            SavedAttention { inverse_rms: p.inverse_rms, q: p.q, k: p.k, v: p.v, log_sum, context };
+        let mut input = self.apply(Projection::O, &context, &mut low);
+        let output = self.extras.finish_half(Half::Attention, &mut input);
+        add(&mut input, x);
+        let feed_forward = self.finish(input, y, &mut low);
+        let Projected { inverse_rms, q, k, v, heads } = p;
+        let attention = SavedAttention { inverse_rms, q, k, v, log_sum, context, heads, output };
         Saved { attention, feed_forward, low }
     }
 
@@ -85,10 +94,11 @@ impl Layer<'_> {
         let (normalized, inverse_rms) = self.attn_norm.forward(x);
         let mut q = self.apply(Projection::Q, &normalized, low);
         let mut k = self.apply(Projection::K, &normalized, low);
-        let v = self.apply(Projection::V, &normalized, low);
+        let mut v = self.apply(Projection::V, &normalized, low);
+        let heads = self.extras.finish_heads(&mut q, &mut k, &mut v);
         self.rope.rotate(&mut q, self.heads.heads, 0, length, Turn::Forward);
         self.rope.rotate(&mut k, self.heads.kv_heads, 0, length, Turn::Forward);
-        Projected { inverse_rms, q, k, v }
+        Projected { inverse_rms, q, k, v, heads }
     }
 
     fn attend_sequences(&self, p: &Projected, length: usize) -> (Buffer, Buffer) {
@@ -106,34 +116,44 @@ impl Layer<'_> {
         (context, log_sum)
     }
 
-    fn finish(
-        &self,
-        x: &[f32],
-        context: &[f32],
-        y: Option<&mut [f32]>,
-        low: &mut LowActivations,
-    ) -> SavedFeedForward {
-        let mut input = self.apply(Projection::O, context, low);
-        add(&mut input, x);
+    fn finish(&self, input: Buffer, y: Option<&mut [f32]>, low: &mut LowActivations) -> SavedFeedForward {
         let (normalized, inverse_rms) = self.ffn_norm.forward(&input);
         let gate = self.apply(Projection::Gate, &normalized, low);
         let up = self.apply(Projection::Up, &normalized, low);
         drop(normalized);
-        let down = self.projection(Projection::Down);
-        if y.is_some() || down.lora.is_some() {
+        let mut output = None;
+        let is_adapted = self.projection(Projection::Down).lora.is_some();
+        if y.is_some() || is_adapted || self.extras.post_norms.is_some() {
             let mut activated = buffer(gate.len());
-            swiglu(&gate, &up, &mut activated);
-            low[Projection::Down as usize] = match y {
-                Some(y) => {
-                    let low = down.forward(&activated, y);
-                    add(y, &input);
-                    low
-                }
-                None => down.lora.map(|lora| lora.project(&activated)),
-            };
+            self.extras.activation.gated(&gate, &up, &mut activated);
+            (low[Projection::Down as usize], output) = self.down(&activated, &input, y);
         }
         let (gate, up) = (Kept::new(gate, self.precision()), Kept::new(up, self.precision()));
-        SavedFeedForward { input, inverse_rms, gate, up }
+        SavedFeedForward { input, inverse_rms, gate, up, output }
+    }
+
+    /// Through the last product, as far as the backward pass needs it, and with a `y` to the layer's output.
+    fn down(
+        &self,
+        activated: &[f32],
+        input: &[f32],
+        y: Option<&mut [f32]>,
+    ) -> (Option<Buffer>, Option<Normed>) {
+        let down = self.projection(Projection::Down);
+        if self.extras.post_norms.is_some() {
+            let mut added = buffer(input.len());
+            let low = down.forward(activated, &mut added);
+            let output = self.extras.finish_half(Half::FeedForward, &mut added);
+            if let Some(y) = y {
+                y.copy_from_slice(&added);
+                add(y, input);
+            }
+            return (low, output);
+        }
+        let Some(y) = y else { return (down.lora.map(|lora| lora.project(activated)), None) };
+        let low = down.forward(activated, y);
+        add(y, input);
+        (low, None)
     }
 
     fn apply(&self, p: Projection, x: &[f32], low: &mut LowActivations) -> Buffer {

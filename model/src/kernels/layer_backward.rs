@@ -1,8 +1,8 @@
 //! Gradients of a decoder layer, written by hand. Norm outputs and the SwiGLU product are computed again
 //! rather than saved: they cost a pass over memory, the products around them hundreds.
 
-use super::activation::{swiglu, swiglu_backward};
 use super::attention::{Attention, AttentionGradients};
+use super::extras::Half;
 use super::layer::{Layer, Saved};
 use super::linear::LinearGradients;
 use super::matrix::Into;
@@ -56,7 +56,7 @@ impl Layer<'_> {
         let (gate, up) = (saved.gate.values(), saved.up.values());
         let mut dgate = self.down_backward(pass, (&gate, &up), gradients);
         let mut dup = buffer(dgate.len());
-        swiglu_backward(&mut dgate, &gate, &up, &mut dup);
+        self.extras.activation.gated_backward(&mut dgate, &gate, &up, &mut dup);
         drop((gate, up));
         let normalized = self.input_if_needed(
             &self.ffn_norm,
@@ -93,10 +93,13 @@ impl Layer<'_> {
         let i = Projection::Down as usize;
         let gradients = &mut gradients.projections[i];
         let mut activated = buffer(if gradients.need_input() { gate.len() } else { 0 });
-        swiglu(gate, up, &mut activated);
+        self.extras.activation.gated(gate, up, &mut activated);
         let mut dactivated = buffer(gate.len());
         let out = Some((&mut dactivated[..], Into::Overwrite));
-        self.projections[i].backward(&activated, pass.saved.low[i].as_ref(), pass.dy, gradients, out);
+        let before_norm =
+            self.extras.half_backward(Half::FeedForward, pass.saved.feed_forward.output.as_ref(), pass.dy);
+        let dy = before_norm.as_deref().unwrap_or(pass.dy);
+        self.projections[i].backward(&activated, pass.saved.low[i].as_ref(), dy, gradients, out);
         dactivated
     }
 
@@ -108,6 +111,8 @@ impl Layer<'_> {
         dy: &[f32],
     ) -> HeadsGradient {
         let (saved, shape, i) = (&pass.saved.attention, self.heads, Projection::O as usize);
+        let before_norm = self.extras.half_backward(Half::Attention, saved.output.as_ref(), dy);
+        let dy = before_norm.as_deref().unwrap_or(dy);
         let mut dcontext = buffer(saved.context.len());
         let out = Some((&mut dcontext[..], Into::Overwrite));
         self.projections[i].backward(
@@ -137,6 +142,7 @@ impl Layer<'_> {
         }
         self.rope.rotate(&mut dq, shape.heads, 0, pass.length, Turn::Backward);
         self.rope.rotate(&mut dk, shape.kv_heads, 0, pass.length, Turn::Backward);
+        self.extras.heads_backward(saved.heads.as_ref(), &mut dq, &mut dk);
         HeadsGradient { dq, dk, dv }
     }
 

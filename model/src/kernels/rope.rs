@@ -1,12 +1,14 @@
-//! Rotary position embedding in GGUF's order for arch llama: inside a head the pair (2j, 2j + 1) rotates by
-//! `position * base^(-2j / head_dim)`.
+//! Rotary position embedding: inside a head the pair (2j, 2j + 1), or (j, j + half) in the other order, rotates by
+//! `position / factor * base^(-2j / head_dim)`.
 
 use super::simd::simd_fn;
+use crate::family::{Rope, RowOrder};
 
 /// Cosines and sines for positions `0..positions()`.
 #[derive(Debug)]
 pub(crate) struct RopeTable {
     pairs: usize,
+    order: RowOrder,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -21,20 +23,18 @@ pub(crate) enum Turn {
 }
 
 impl RopeTable {
-    /// A table for `positions` positions and heads of `head_dim` (even) values.
-    pub(crate) fn new(positions: usize, head_dim: usize, base: f32) -> Self {
-        Self::from_position(0, positions, head_dim, base)
-    }
-
-    /// The same for `positions` positions from `first` on, which [`RopeTable::rotate`] counts from 0.
-    pub(crate) fn from_position(first: usize, positions: usize, head_dim: usize, base: f32) -> Self {
+    /// A table for `positions` positions from `first` on, which [`RopeTable::rotate`] counts from 0.
+    pub(crate) fn new(first: usize, positions: usize, rope: &Rope) -> Self {
+        let Rope { head_dim, base, factor, order } = *rope;
         let pairs = head_dim / 2;
-        let frequency = |j: usize| f64::from(base).powf(-((2 * j) as f64) / head_dim as f64);
+        let frequency =
+            |j: usize| f64::from(base).powf(-((2 * j) as f64) / head_dim as f64) / f64::from(factor);
         let frequencies: Vec<f64> = (0..pairs).map(frequency).collect();
         let range = first..first + positions;
         let angles = || range.clone().flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         Self {
             pairs,
+            order,
             cos: angles().map(|a| a.cos() as f32).collect(),
             sin: angles().map(|a| a.sin() as f32).collect(),
         }
@@ -54,13 +54,17 @@ impl RopeTable {
         };
         let (from, to) = (first * self.pairs, (first + length) * self.pairs);
         for sequence in x.chunks_mut(length * heads * 2 * self.pairs) {
-            rotate_rows(sequence, heads, &self.cos[from..to], &self.sin[from..to], self.pairs, sign);
+            let (cos, sin) = (&self.cos[from..to], &self.sin[from..to]);
+            match self.order {
+                RowOrder::Pairs => rotate_pairs(sequence, heads, cos, sin, self.pairs, sign),
+                RowOrder::Halves => rotate_halves(sequence, heads, cos, sin, self.pairs, sign),
+            }
         }
     }
 }
 
 simd_fn! {
-    fn rotate_rows(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], pairs: usize, sign: f32) {
+    fn rotate_pairs(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], pairs: usize, sign: f32) {
         let rows = x.chunks_exact_mut(heads * 2 * pairs);
         for ((row, cos), sin) in rows.zip(cos.chunks_exact(pairs)).zip(sin.chunks_exact(pairs)) {
             for head in row.chunks_exact_mut(2 * pairs) {
@@ -74,13 +78,50 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    fn rotate_halves(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], pairs: usize, sign: f32) {
+        let rows = x.chunks_exact_mut(heads * 2 * pairs);
+        for ((row, cos), sin) in rows.zip(cos.chunks_exact(pairs)).zip(sin.chunks_exact(pairs)) {
+            for head in row.chunks_exact_mut(2 * pairs) {
+                let (first, second) = head.split_at_mut(pairs);
+                for (((x, y), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    let (a, b) = (*x, *y);
+                    *x = a * c - sign * b * s;
+                    *y = b * c + sign * a * s;
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rotary;
+
+    fn rope(factor: f32, order: RowOrder) -> Rope {
+        Rope { head_dim: 6, base: 10_000.0, factor, order }
+    }
+
+    #[test]
+    fn both_orders_turn_the_same_pairs_and_a_factor_slows_them() {
+        let values: Vec<f32> = (0..8 * 12).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut pairs = values.clone();
+        RopeTable::new(0, 8, &rope(1.0, RowOrder::Pairs)).rotate(&mut pairs, 2, 0, 8, Turn::Forward);
+        let reordered = |row: &[f32]| rotary::to_hugging_face(row, 12, 2);
+        let mut halves: Vec<f32> = values.chunks(12).flat_map(reordered).collect();
+        RopeTable::new(0, 8, &rope(1.0, RowOrder::Halves)).rotate(&mut halves, 2, 0, 8, Turn::Forward);
+        assert_eq!(halves, pairs.chunks(12).flat_map(reordered).collect::<Vec<_>>());
+        let mut slow = values.clone();
+        RopeTable::new(4, 4, &rope(2.0, RowOrder::Pairs)).rotate(&mut slow[..12], 2, 0, 1, Turn::Forward);
+        let mut second = values.clone();
+        RopeTable::new(0, 8, &rope(1.0, RowOrder::Pairs)).rotate(&mut second[..12], 2, 2, 1, Turn::Forward);
+        assert_eq!(slow, second);
+    }
 
     #[test]
     fn backward_undoes_forward() {
-        let table = RopeTable::new(7, 6, 10_000.0);
+        let table = RopeTable::new(0, 7, &rope(1.0, RowOrder::Pairs));
         let original: Vec<f32> = (0..2 * 5 * 3 * 6).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut x = original.clone();
         table.rotate(&mut x, 3, 2, 5, Turn::Forward);

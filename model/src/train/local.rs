@@ -1,10 +1,12 @@
 //! The local training loop: which blocks make a batch, which rule makes a step, and when to stop.
-//! Gradients come from the trainer in `train.rs`.
+//! Gradients come from a trainer (`train.rs`, `generic.rs`).
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::{LoraTrainer, TrainError};
+use super::budget::Fit;
+use super::pace::Pace;
+use super::{TrainError, Trainer, Watch};
 use crate::batch::{Batch, InputError};
 use crate::optim::{AdamW, AdamWConfig, Sgd, clip_gradient_norm};
 
@@ -88,59 +90,71 @@ pub struct TrainSummary {
     pub last_loss: f32,
     /// Predictions trained on.
     pub tokens: u64,
-    /// Steps done.
+    /// Steps done: the plan's, or fewer where a time budget allows it.
     pub steps: u32,
+    /// How batches were computed; blocks were cut shorter than the plan's where this says so.
+    pub fit: Fit,
 }
 
-/// Trains `values` in place on the blocks; `should_stop` is asked before every step.
+/// Trains `values` in place on the blocks, within the trainer's budgets; `watch` is asked whether to stop before
+/// every step, and within it by trainers that can.
 ///
 /// # Errors
-/// Those of [`TrainError`]; after one that names a step, `values` are as after the last whole step.
+/// Those of [`TrainError`]; whichever it is, `values` are as after the last whole step.
 pub fn fine_tune(
-    trainer: &mut LoraTrainer,
+    trainer: &mut dyn Trainer,
     values: &mut [f32],
     blocks: &[Vec<u32>],
     plan: &LocalTraining,
     seed: u64,
-    should_stop: &mut dyn FnMut() -> bool,
+    watch: &mut dyn Watch,
 ) -> Result<TrainSummary, TrainError> {
     plan.check(blocks)?;
+    let fit = trainer.prepare(plan)?;
+    let mut pace = Pace::new(watch, trainer.time_budget(), plan.steps)?;
+    if trainer.time_budget().is_some() {
+        let step_seconds = trainer.probe(plan, &mut pace);
+        pace.foresee(step_seconds)?;
+    }
     let mut order = BatchOrder::new(blocks.len(), seed);
     let mut optimizer = Optimizer::new(plan.optimizer, values.len());
     let mut gradient = vec![0f32; values.len()];
     let mut losses = Losses::default();
     for step in 0..plan.steps {
-        if should_stop() {
-            return Err(TrainError::Cancelled { step });
+        if !pace.may_step()? {
+            break;
         }
-        let chosen: Vec<&[u32]> = order.take(plan.batch_size).map(|i| blocks[i].as_slice()).collect();
-        let batch = Batch::from_blocks(&chosen)?;
-        let loss = trainer.loss_and_gradient(values, &batch, &mut gradient)?;
+        let chosen = order.take(plan.batch_size).map(|i| blocks[i].as_slice());
+        let pieces: Vec<&[u32]> = chosen.flat_map(|block| cut(block, fit.block_tokens)).collect();
+        let batch = Batch::from_blocks(&pieces)?;
+        let loss = match trainer.watched_loss_and_gradient(values, &batch, &mut gradient, &mut pace) {
+            Err(TrainError::Cancelled { .. }) => {
+                pace.given_up()?;
+                break;
+            }
+            found => found?,
+        };
         let norm = clip_gradient_norm(&mut gradient, plan.gradient_clip.unwrap_or(f32::INFINITY));
         if !(loss.is_finite() && norm.is_finite()) {
             return Err(TrainError::NonFinite { step });
         }
         optimizer.step(values, &gradient, plan.learning_rate * plan.schedule.factor(step, plan.steps));
         losses.push(loss, batch.predicted());
+        pace.stepped();
     }
-    Ok(losses.summary())
+    Ok(losses.summary(fit))
+}
+
+/// The block in pieces of at most `tokens` predictions; each id but the first is predicted once.
+fn cut(block: &[u32], tokens: usize) -> impl Iterator<Item = &[u32]> {
+    let predictions = block.len().saturating_sub(1);
+    let last = move |first: usize| first.saturating_add(tokens).saturating_add(1).min(block.len());
+    (0..predictions.max(1)).step_by(tokens).map(move |first| &block[first..last(first)])
 }
 
 impl LocalTraining {
     fn check(&self, blocks: &[Vec<u32>]) -> Result<(), TrainError> {
-        let at_least_1 = [
-            ("steps", u64::from(self.steps)),
-            ("batch_size", self.batch_size as u64),
-            ("block_tokens", self.block_tokens as u64),
-        ];
-        if let Some((field, found)) = at_least_1.into_iter().find(|(_, n)| *n == 0) {
-            return Err(TrainError::Plan { field, rule: "at least 1", found: found as f64 });
-        }
-        let positive =
-            [("learning_rate", self.learning_rate), ("gradient_clip", self.gradient_clip.unwrap_or(1.0))];
-        if let Some((field, found)) = positive.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
-            return Err(TrainError::Plan { field, rule: "finite and above 0", found: f64::from(found) });
-        }
+        self.check_numbers()?;
         if blocks.is_empty() {
             return Err(TrainError::NoData);
         }
@@ -151,22 +165,42 @@ impl LocalTraining {
             _ => Ok(()),
         }
     }
+
+    /// Refuses numbers out of range.
+    pub(crate) fn check_numbers(&self) -> Result<(), TrainError> {
+        let at_least_1 = [
+            ("steps", u64::from(self.steps)),
+            ("batch_size", self.batch_size as u64),
+            ("block_tokens", self.block_tokens as u64),
+        ];
+        if let Some((field, found)) = at_least_1.into_iter().find(|(_, n)| *n == 0) {
+            return Err(TrainError::Plan { field, rule: "at least 1", found: found as f64 });
+        }
+        let positive =
+            [("learning_rate", self.learning_rate), ("gradient_clip", self.gradient_clip.unwrap_or(1.0))];
+        match positive.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
+            Some((field, found)) => {
+                Err(TrainError::Plan { field, rule: "finite and above 0", found: f64::from(found) })
+            }
+            None => Ok(()),
+        }
+    }
 }
 
-enum Optimizer {
+pub(crate) enum Optimizer {
     AdamW(AdamW),
     Sgd(Sgd),
 }
 
 impl Optimizer {
-    fn new(config: OptimizerConfig, len: usize) -> Self {
+    pub(crate) fn new(config: OptimizerConfig, len: usize) -> Self {
         match config {
             OptimizerConfig::AdamW(config) => Self::AdamW(AdamW::new(config, len)),
             OptimizerConfig::Sgd { momentum } => Self::Sgd(Sgd::new(momentum, len)),
         }
     }
 
-    fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
+    pub(crate) fn step(&mut self, values: &mut [f32], gradient: &[f32], learning_rate: f32) {
         match self {
             Self::AdamW(optimizer) => optimizer.step(values, gradient, learning_rate),
             Self::Sgd(optimizer) => optimizer.step(values, gradient, learning_rate),
@@ -175,18 +209,18 @@ impl Optimizer {
 }
 
 /// Block indices in a seeded order, shuffled again whenever all were taken.
-struct BatchOrder {
+pub(crate) struct BatchOrder {
     rng: ChaCha8Rng,
     indices: Vec<usize>,
     next: usize,
 }
 
 impl BatchOrder {
-    fn new(blocks: usize, seed: u64) -> Self {
+    pub(crate) fn new(blocks: usize, seed: u64) -> Self {
         Self { rng: ChaCha8Rng::seed_from_u64(seed), indices: (0..blocks).collect(), next: blocks }
     }
 
-    fn take(&mut self, count: usize) -> impl Iterator<Item = usize> {
+    pub(crate) fn take(&mut self, count: usize) -> impl Iterator<Item = usize> {
         let count = count.min(self.indices.len());
         (0..count).map(|_| self.pick())
     }
@@ -210,18 +244,18 @@ impl BatchOrder {
 }
 
 #[derive(Default)]
-struct Losses {
+pub(crate) struct Losses {
     all: Vec<f32>,
     tokens: u64,
 }
 
 impl Losses {
-    fn push(&mut self, loss: f32, tokens: usize) {
+    pub(crate) fn push(&mut self, loss: f32, tokens: usize) {
         self.all.push(loss);
         self.tokens += tokens as u64;
     }
 
-    fn summary(&self) -> TrainSummary {
+    pub(crate) fn summary(&self, fit: Fit) -> TrainSummary {
         let sum: f64 = self.all.iter().map(|x| f64::from(*x)).sum();
         TrainSummary {
             first_loss: self.all.first().copied().unwrap_or(f32::NAN),
@@ -229,6 +263,7 @@ impl Losses {
             last_loss: self.all.last().copied().unwrap_or(f32::NAN),
             tokens: self.tokens,
             steps: self.all.len() as u32,
+            fit,
         }
     }
 }
@@ -236,12 +271,13 @@ impl Losses {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::adapter::Adapter;
     use crate::config::Projection;
     use crate::fixtures::{base, blocks, layout};
-    use crate::train::{Precision, TrainerOptions};
+    use crate::train::{LoraTrainer, Precision, Recompute, TimeBudget, TrainerOptions, WhenShort};
 
     fn plan() -> LocalTraining {
         LocalTraining {
@@ -260,8 +296,15 @@ mod tests {
         let layout = layout(&base.config, &[Projection::Q, Projection::V, Projection::Down], false);
         let values = Adapter::init(Arc::clone(&layout)).values;
         (
-            LoraTrainer::new(base, layout, TrainerOptions { recompute, ..TrainerOptions::default() })
-                .unwrap(),
+            LoraTrainer::new(
+                base,
+                layout,
+                TrainerOptions {
+                    recompute: if recompute { Recompute::Always } else { Recompute::Never },
+                    ..TrainerOptions::default()
+                },
+            )
+            .unwrap(),
             values,
         )
     }
@@ -321,17 +364,101 @@ mod tests {
         assert_eq!(expected != found, Precision::Bf16.kernel().is_some());
     }
 
+    /// A base of 2 layers asks 2 times forward, once for the head, 2 times backward, and once before each step.
     #[test]
-    fn a_stopped_training_keeps_whole_steps() {
+    fn a_training_stopped_anywhere_keeps_whole_steps_and_the_trainer_goes_on() {
+        let (mut trainer, start) = trainer(false);
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let mut run = |steps: u32, asks: u32| {
+            let (mut values, mut asked) = (start.clone(), 0);
+            let mut stop = || {
+                asked += 1;
+                asked > asks
+            };
+            let plan = LocalTraining { steps, schedule: Schedule::Constant, ..plan() };
+            let found = fine_tune(&mut trainer, &mut values, &blocks, &plan, 1, &mut stop);
+            assert!(asked <= asks + 1, "nothing is asked after a yes");
+            (found, values)
+        };
+        for (asks, whole) in [(0, 0), (1, 0), (3, 0), (5, 0), (6, 1), (7, 1), (11, 1), (12, 2), (14, 2)] {
+            let (found, values) = run(9, asks);
+            assert_eq!(found.unwrap_err(), TrainError::Cancelled { step: whole }, "after {asks}");
+            let expected = if whole == 0 { start.clone() } else { run(whole, u32::MAX - 1).1 };
+            assert_eq!(values, expected, "after {asks}");
+        }
+    }
+
+    /// What a step that was given up held is given back.
+    #[test]
+    fn nothing_is_left_of_a_step_that_was_given_up() {
         let (mut trainer, mut values) = trainer(false);
         let blocks = blocks(&trainer.base().config, 2, 24);
-        let mut asked = 0;
-        let mut stop = || {
-            asked += 1;
-            asked > 3
+        let before = Arc::strong_count(trainer.base());
+        for asks in 1..6 {
+            let mut asked = 0;
+            let mut stop = || {
+                asked += 1;
+                asked > asks
+            };
+            fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut stop).unwrap_err();
+            assert_eq!(trainer.layer_references(), 1, "no graph holds a layer");
+        }
+        assert!(Arc::strong_count(trainer.base()) <= before + trainer.base().config.layers);
+    }
+
+    /// A clock that goes on by a fixed time at each look.
+    fn timed(limit_ms: u64, when_short: WhenShort) -> (Result<TrainSummary, TrainError>, Vec<f32>) {
+        let (fresh, mut values) = trainer(false);
+        let time = Some(TimeBudget { limit: Duration::from_millis(limit_ms), when_short });
+        let options = TrainerOptions { time, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let blocks = blocks(&trainer.base().config, 5, 24);
+        let mut looks = 0;
+        let now = || {
+            looks += 1;
+            Duration::from_millis(looks)
         };
-        let error = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut stop).unwrap_err();
-        assert_eq!(error, TrainError::Cancelled { step: 3 });
+        let mut watch = crate::train::Clocked { should_stop: || false, now };
+        (fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut watch), values)
+    }
+
+    #[test]
+    fn a_time_budget_gives_fewer_steps_or_a_refusal() {
+        let (whole, all) = timed(1_000_000, WhenShort::FewerSteps);
+        assert_eq!((whole.unwrap().steps, &all), (12, &trained(1, false).0));
+        let (fewer, _) = timed(60, WhenShort::FewerSteps);
+        let steps = fewer.unwrap().steps;
+        assert!((1..12).contains(&steps), "{steps}");
+        for (limit, when_short) in [(60, WhenShort::Refuse), (3, WhenShort::FewerSteps)] {
+            let (refused, values) = timed(limit, when_short);
+            let error = refused.unwrap_err();
+            assert!(matches!(error, TrainError::OverTime { .. }), "{error}");
+            assert!(values.iter().all(|x| x.is_finite()));
+        }
+        assert_eq!(timed(1_000_000, WhenShort::Refuse).0.unwrap().steps, 12);
+    }
+
+    #[test]
+    fn a_time_budget_needs_a_clock() {
+        let (fresh, mut values) = trainer(false);
+        let time =
+            Some(TimeBudget { limit: Duration::from_secs(9), when_short: WhenShort::Refuse });
+        let options = TrainerOptions { time, ..TrainerOptions::default() };
+        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let blocks = blocks(&trainer.base().config, 2, 24);
+        let found = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut || false);
+        assert_eq!(found, Err(TrainError::NoClock));
+    }
+
+    #[test]
+    fn shorter_blocks_predict_the_same_ids() {
+        let block: Vec<u32> = (0..12).collect();
+        let predicted: Vec<u32> = cut(&block, 4).flat_map(|piece| piece[1..].to_vec()).collect();
+        assert_eq!(predicted, block[1..]);
+        assert!(cut(&block, 4).all(|piece| piece.len() <= 5));
+        assert_eq!(cut(&block, 11).count(), 1);
+        assert_eq!(cut(&block, usize::MAX).collect::<Vec<_>>(), [&block[..]]);
+        assert_eq!(cut(&block[..1], 4).count(), 1, "too short a block is left for the batch to refuse");
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub(super) fn outermost(values: &[f32]) -> f32 {
 }
 
 /// Byte j holds value j in its low half and value j + 16 in its high half; levels are truncated.
-fn nibbles(block: &[f32], bytes: &mut Vec<u8>, level: impl Fn(f32) -> f32) {
+pub(super) fn nibbles(block: &[f32], bytes: &mut Vec<u8>, level: impl Fn(f32) -> f32) {
     let (low, high) = block.split_at(BLOCK / 2);
     let nibble = |x: f32| (level(x) as u8).min(15);
     bytes.extend(low.iter().zip(high).map(|(&x, &y)| nibble(x) | nibble(y) << 4));

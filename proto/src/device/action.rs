@@ -114,6 +114,9 @@ pub enum TrainingFailure {
     /// The plan does not fit the base model or the adapter here.
     #[error("plan refused: {0}")]
     PlanRejected(String),
+    /// It does not fit the memory or the time that this device gives to training.
+    #[error("beyond this device's budget: {0}")]
+    OverBudget(String),
     /// Training diverged or failed.
     #[error("training failed: {0}")]
     Failed(String),
@@ -124,7 +127,7 @@ impl TrainingFailure {
         match self {
             Self::Interrupted(_) => TaskResult::Interrupted,
             Self::InsufficientData { .. } => TaskResult::InsufficientData,
-            Self::PlanRejected(_) => TaskResult::PlanRejected,
+            Self::PlanRejected(_) | Self::OverBudget(_) => TaskResult::PlanRejected,
             Self::Failed(_) => TaskResult::TrainingFailed,
         }
     }

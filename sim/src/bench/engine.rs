@@ -1,5 +1,5 @@
-//! The engine by itself: LoRA training steps, and reading and writing text, on one thread. Seconds are of
-//! CPU time of the process unless they are called wall.
+//! The engine by itself: LoRA training steps, on one thread or more, and reading and writing text, on one. Seconds
+//! are of CPU time of the process unless they are called wall.
 
 #![allow(clippy::print_stdout, reason = "a program's result goes to standard output")]
 #![allow(clippy::disallowed_methods, reason = "wall time is one of the figures")]
@@ -11,8 +11,12 @@ use fleetune_model::{
     adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
     config::Projection,
+    generic::{self, GenericOptions, GenericTrainer},
     infer::{Engine, Sequence, Span},
-    train::{LocalTraining, LoraTrainer, OptimizerConfig, Precision, Schedule, TrainerOptions, fine_tune},
+    train::{
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, Trainer, TrainerOptions,
+        budget::Fit, fine_tune,
+    },
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -44,12 +48,39 @@ pub struct TrainArgs {
     /// Runs layers again in the backward pass instead of keeping their activations.
     #[arg(long)]
     pub recompute: bool,
-    /// Factors of the large products: f32, or bf16 where the processor multiplies it.
+    /// What computes; several are measured in turn, over the same steps.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "native")]
+    pub engine: Vec<TrainEngine>,
+    /// Factors of the native engine's large products: f32, or bf16 where the processor multiplies it.
     #[arg(long, value_enum, default_value_t = Factors::F32)]
     pub precision: Factors,
+    /// Threads that train.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Most memory in MB by prediction; 0: no bound.
+    #[arg(long, default_value_t = 0)]
+    pub memory_mb: u64,
     /// One line of JSON instead of words.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What computes gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum TrainEngine {
+    /// The hand-written operations.
+    Native,
+    /// Stock burn operations on the processor.
+    Generic,
+}
+
+impl TrainEngine {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
 }
 
 /// Number format of the factors of products.
@@ -93,7 +124,7 @@ pub struct InferArgs {
     pub json: bool,
 }
 
-/// Measures and prints.
+/// Measures and prints; of several engines also how their times compare with the first one's.
 pub(super) fn train(args: &TrainArgs) -> Result<()> {
     ensure!(args.steps > 0, "--steps: at least 1");
     let base = Arc::new(open(&args.model)?);
@@ -102,10 +133,58 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     targets.sort_unstable();
     let lora = LoraConfig { rank: args.rank, alpha: 16.0, targets, freeze_a: false, init_seed: 1 };
     let layout = Arc::new(AdapterLayout::new(&base.config, &lora)?);
-    let options = TrainerOptions { recompute: args.recompute, precision: args.precision.into() };
-    let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
-    let mut values = Adapter::init(layout).values;
     let blocks = ids(&base, args.sequences, args.tokens + 1);
+    let mut first = None;
+    for engine in &args.engine {
+        let mut trainer = trainer(*engine, args, &base, &layout)?;
+        let step = timed(trainer.as_mut(), args, Adapter::init(Arc::clone(&layout)).values, &blocks)?;
+        print(*engine, args, &step);
+        let first = *first.get_or_insert(step.cpu);
+        if !args.json && args.engine.len() > 1 {
+            println!("  {:.2} times the CPU of {}", step.cpu / first, args.engine[0].name());
+        }
+    }
+    Ok(())
+}
+
+fn trainer(
+    engine: TrainEngine,
+    args: &TrainArgs,
+    base: &Arc<BaseModel>,
+    layout: &Arc<AdapterLayout>,
+) -> Result<Box<dyn Trainer>> {
+    let (base, layout) = (Arc::clone(base), Arc::clone(layout));
+    let device = match engine {
+        TrainEngine::Native => {
+            let options = TrainerOptions {
+                recompute: if args.recompute { Recompute::Always } else { Recompute::Auto },
+                precision: args.precision.into(),
+                threads: args.threads,
+                memory_bytes: (args.memory_mb > 0).then(|| args.memory_mb.saturating_mul(1_000_000)),
+                time: None,
+            };
+            return Ok(Box::new(LoraTrainer::new(base, layout, options)?));
+        }
+        TrainEngine::Generic => generic::flex(),
+    };
+    let options = GenericOptions { recompute: args.recompute };
+    Ok(Box::new(GenericTrainer::new(base, layout, &device, options)?))
+}
+
+/// Seconds of a step, and the loss of the last.
+struct Step {
+    cpu: f64,
+    wall: f64,
+    loss: f32,
+    fit: Fit,
+}
+
+fn timed(
+    trainer: &mut dyn Trainer,
+    args: &TrainArgs,
+    mut values: Vec<f32>,
+    blocks: &[Vec<u32>],
+) -> Result<Step> {
     let plan = |steps| LocalTraining {
         steps,
         batch_size: args.sequences,
@@ -115,29 +194,36 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
         gradient_clip: None,
         schedule: Schedule::Constant,
     };
-    fine_tune(&mut trainer, &mut values, &blocks, &plan(1), 1, &mut || false)?;
+    fine_tune(trainer, &mut values, blocks, &plan(1), 1, &mut || false)?;
     let (cpu, wall) = (cpu_s(), Instant::now());
-    let summary = fine_tune(&mut trainer, &mut values, &blocks, &plan(args.steps), 1, &mut || false)?;
+    let summary = fine_tune(trainer, &mut values, blocks, &plan(args.steps), 1, &mut || false)?;
     let steps = f64::from(args.steps);
     let (cpu, wall) = ((cpu_s() - cpu) / steps, wall.elapsed().as_secs_f64() / steps);
+    Ok(Step { cpu, wall, loss: summary.last_loss, fit: summary.fit })
+}
+
+fn print(engine: TrainEngine, args: &TrainArgs, step: &Step) {
+    let Step { cpu, wall, loss, fit } = step;
     let tokens = (args.sequences * args.tokens) as f64;
-    let (peak, loss) = (peak_rss_mib(), summary.last_loss);
+    let peak = peak_rss_mib();
     if args.json {
         let line = json!({
-            "cpu_s_per_step": cpu, "wall_s_per_step": wall, "peak_rss_mib": peak, "tokens_per_s": tokens / wall,
-            "loss": loss,
+            "engine": engine.name(), "cpu_s_per_step": cpu, "wall_s_per_step": wall, "peak_rss_mib": peak,
+            "tokens_per_s": tokens / wall, "loss": loss, "predicted_mb": fit.memory_bytes.map(|bytes| bytes as f64 / 1e6),
+            "micro_batch_tokens": fit.micro_tokens, "block_tokens": fit.block_tokens,
+            "recompute": fit.recompute, "threads": fit.threads,
         });
         println!("{line}");
     } else {
         println!(
-            "a step of {} x {} tokens: {cpu:.3} s of CPU, {wall:.3} s, {:.0} tokens/s; peak memory {peak:.0} MiB; \
+            "{}: a step of {} x {} tokens: {cpu:.3} s of CPU, {wall:.3} s, {:.0} tokens/s; peak memory {peak:.0} MiB; \
              loss {loss:.4}",
+            engine.name(),
             args.sequences,
             args.tokens,
             tokens / wall
         );
     }
-    Ok(())
 }
 
 /// Measures and prints.

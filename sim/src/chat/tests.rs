@@ -75,9 +75,20 @@ fn a_full_context_forgets_the_oldest_turns_but_not_the_system() {
     assert_eq!(messages[0], Message::new(Role::System, "Speak as a king."));
     assert_eq!(messages[1].role, Role::User);
     assert!(messages.len() < 29, "{}", messages.len());
+}
+
+#[test]
+fn a_message_too_long_is_refused_and_the_conversation_goes_on() {
     let long = "and then ".repeat(400);
-    let error = chat.exchange(&long, &mut Vec::new(), &mut Vec::new()).expect_err("too long");
-    assert!(error.to_string().contains("the model's context holds"), "{error}");
+    let mut chat = chat(|_| {});
+    let (out, notes) = converse(&mut chat, &format!("My lord?\n{long}\nWho is there?"));
+    assert_eq!(out.lines().count(), 2, "{out}");
+    let refused: Vec<&str> = notes.lines().filter(|line| line.starts_with("not answered: ")).collect();
+    assert!(refused.len() == 1 && refused[0].contains("the model's context holds"), "{notes}");
+    let said: Vec<&str> = chat.conversation.messages.iter().map(|message| message.content.as_str()).collect();
+    assert_eq!((said.len(), said[0], said[2]), (4, "My lord?", "Who is there?"));
+    let alone = chat.exchange(&long, &mut Vec::new(), &mut Vec::new()).expect("no broken pipe");
+    assert!(matches!(alone, Turn::Refused(_)), "{alone:?}");
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::sync::{Arc, LazyLock};
 
 use fleetune_model::adapter::{Adapter, AdapterLayout, LoraConfig};
 use fleetune_model::adapter_formats::{PeftFiles, from_gguf_lora, from_peft, to_gguf_lora, to_peft};
-use fleetune_model::base::{BaseModel, LayerWeights, ModelParts};
+use fleetune_model::base::{BaseModel, LayerExtras, LayerWeights, ModelParts};
 use fleetune_model::config::{ModelConfig, Projection};
+use fleetune_model::family::Family;
 use fleetune_model::gguf::{Metadata, MetadataArray, MetadataValue};
 use fleetune_model::tokenizer::{SpecialTokens, TokenRoles, Tokenizer, train_bpe};
 use fleetune_model::weights::{WeightFormat, WeightMatrix};
@@ -163,6 +164,7 @@ fn base() -> BaseModel {
     let tokenizer = tokenizer();
     let config = ModelConfig {
         name: "tiny".into(),
+        family: Family::Llama,
         vocab_size: tokenizer.vocab_size(),
         hidden: 4,
         layers: 1,
@@ -180,6 +182,7 @@ fn base() -> BaseModel {
     let layer = LayerWeights {
         attn_norm: values(config.hidden, 1),
         ffn_norm: values(config.hidden, 2),
+        extras: LayerExtras::default(),
         projections: Projection::ALL.map(|projection| matrix(projection.shape(&config), projection as usize)),
     };
     BaseModel::from_parts(ModelParts {

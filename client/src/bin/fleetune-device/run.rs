@@ -35,7 +35,7 @@ pub(crate) struct RunArguments {
     /// Seed of this device's batches, kept; for comparing with a simulation.
     #[arg(long, value_name = "HEX")]
     device_seed: Option<String>,
-    /// Train in less than half the memory and a third more time.
+    /// Train in less than half the memory and a third more time; --recompute always, for this run.
     #[arg(long)]
     low_memory: bool,
     /// A registrar's certificate for this device (`fleetune-device certify`), kept.
@@ -74,6 +74,7 @@ fn client(arguments: &RunArguments) -> Result<Client<GrpcTransport>> {
         .device_class(settings.device_class.as_str())
         .floors(settings.floors()?)
         .registrars(settings.registrars()?);
+    builder = settings.training.apply(builder).context("device.toml")?;
     if settings.insecure_allow_unregistered_peers {
         tracing::warn!("this device aggregates with anybody: a coordinator can make its peers up");
     }

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use fleetune_client::files::write_atomically;
-use fleetune_client::{DeviceFloors, Name, Registrars, TrustRoot};
+use fleetune_client::{ClientBuilder, DeviceFloors, Name, Registrars, TrustRoot};
+use fleetune_model::train::{Precision, Recompute, WhenShort};
 use fleetune_privacy::{Delta, PrivacyPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +58,60 @@ pub(crate) struct SettingsArguments {
     /// Most epsilon that everything may cost over the device's life.
     #[arg(long, value_name = "E")]
     pub epsilon_max: Option<f64>,
+    /// Most memory of a training in MB, the base model included; 0: no bound.
+    #[arg(long, value_name = "MB")]
+    pub memory_mb: Option<u64>,
+    /// Most seconds of a training; 0: no bound.
+    #[arg(long, value_name = "S")]
+    pub time_s: Option<u64>,
+    /// What happens when a training's steps do not fit in --time-s.
+    #[arg(long, value_enum)]
+    pub when_short: Option<Short>,
+    /// Factors of training's large products: bf16 is faster where the processor multiplies it.
+    #[arg(long, value_enum)]
+    pub precision: Option<Factors>,
+    /// Threads that train.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Run layers again in training's backward pass: less memory, more time.
+    #[arg(long, value_enum)]
+    pub recompute: Option<Again>,
+}
+
+/// What happens when a training's steps do not fit in the time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub(crate) enum Short {
+    /// Those that fit are done.
+    #[default]
+    FewerSteps,
+    /// None is done.
+    Refuse,
+}
+
+/// Number format of the factors of products.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Factors {
+    /// Single precision.
+    #[default]
+    F32,
+    /// bf16 with f32 sums.
+    Bf16,
+}
+
+/// Whether layers run again in the backward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Again {
+    /// Where the memory bound asks for it.
+    #[default]
+    Auto,
+    /// In any case.
+    Always,
+    /// In no case.
+    Never,
 }
 
 /// The file. Every field may be edited by the device's owner.
@@ -76,6 +132,22 @@ pub(crate) struct Settings {
     pub floors: Floors,
     /// What may be given away, whoever asks.
     pub privacy: Privacy,
+    /// How this device trains.
+    pub training: Training,
+}
+
+/// How the device trains, and within which bounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Training {
+    /// Most memory in MB, the base model included; 0: no bound.
+    pub memory_mb: u64,
+    /// Most seconds; 0: no bound.
+    pub time_s: u64,
+    pub when_short: Short,
+    pub precision: Factors,
+    pub threads: usize,
+    pub recompute: Again,
 }
 
 /// [`PrivacyPolicy`] as it stands in the file. Epsilons are at `delta`.
@@ -123,9 +195,66 @@ impl Default for Settings {
             insecure_allow_unregistered_peers: false,
             floors: Floors::default(),
             privacy: Privacy::default(),
+            training: Training::default(),
         }
     }
 }
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            memory_mb: 0,
+            time_s: 0,
+            when_short: Short::default(),
+            precision: Factors::default(),
+            threads: 1,
+            recompute: Again::default(),
+        }
+    }
+}
+
+impl Training {
+    /// The same told to the client.
+    pub(crate) fn apply(&self, mut builder: ClientBuilder) -> Result<ClientBuilder> {
+        ensure!((1..=THREADS_MAX).contains(&self.threads), "training.threads: 1 to {THREADS_MAX}");
+        ensure!(self.time_s <= TIME_S_MAX, "training.time_s: at most {TIME_S_MAX}");
+        builder = builder.threads(self.threads).precision(match self.precision {
+            Factors::F32 => Precision::F32,
+            Factors::Bf16 => Precision::Bf16,
+        });
+        builder = builder.recompute(match self.recompute {
+            Again::Auto => Recompute::Auto,
+            Again::Always => Recompute::Always,
+            Again::Never => Recompute::Never,
+        });
+        if self.memory_mb > 0 {
+            builder = builder.memory_budget(self.memory_mb.saturating_mul(1_000_000));
+        }
+        if self.time_s > 0 {
+            let when_short = match self.when_short {
+                Short::FewerSteps => WhenShort::FewerSteps,
+                Short::Refuse => WhenShort::Refuse,
+            };
+            builder = builder.time_budget(Duration::from_secs(self.time_s), when_short);
+        }
+        Ok(builder)
+    }
+
+    fn update(&mut self, given: &SettingsArguments) {
+        self.memory_mb = given.memory_mb.unwrap_or(self.memory_mb);
+        self.time_s = given.time_s.unwrap_or(self.time_s);
+        self.when_short = given.when_short.unwrap_or(self.when_short);
+        self.precision = given.precision.unwrap_or(self.precision);
+        self.threads = given.threads.unwrap_or(self.threads);
+        self.recompute = given.recompute.unwrap_or(self.recompute);
+    }
+}
+
+/// More threads than any batch has parts.
+const THREADS_MAX: usize = 256;
+
+/// A week: no round waits longer.
+const TIME_S_MAX: u64 = 7 * 24 * 3600;
 
 impl Default for Privacy {
     fn default() -> Self {
@@ -238,6 +367,7 @@ impl Settings {
         self.privacy.required |= given.require_privacy;
         self.privacy.epsilon_task_max = given.epsilon_task_max.unwrap_or(self.privacy.epsilon_task_max);
         self.privacy.epsilon_max = given.epsilon_max.unwrap_or(self.privacy.epsilon_max);
+        self.training.update(given);
         Ok(self)
     }
 
@@ -316,6 +446,8 @@ mod tests {
             population: Some("roles".into()),
             trust_keys: vec!["ab".repeat(32)],
             insecure_allow_plaintext_aggregation: true,
+            memory_mb: Some(300),
+            precision: Some(Factors::Bf16),
             ..SettingsArguments::default()
         };
         let first = Settings::load(dir.path()).unwrap().updated(&given).unwrap();
@@ -323,6 +455,7 @@ mod tests {
         let later = Settings::load(dir.path()).unwrap().updated(&SettingsArguments::default()).unwrap();
         assert_eq!(later, first);
         assert_eq!(later.population().unwrap().as_str(), "roles");
+        assert_eq!((later.training.memory_mb, later.training.precision), (300, Factors::Bf16));
     }
 
     #[test]

@@ -4,8 +4,9 @@ use crate::{CoreSetup, PacePolicy, ServerOptimizer, TaskSpec};
 use ed25519_dalek::SigningKey;
 use fleetune_model::{
     adapter::LoraConfig,
-    base::{BaseModel, LayerWeights, ModelParts},
+    base::{BaseModel, LayerExtras, LayerWeights, ModelParts},
     config::{ModelConfig, Projection},
+    family::Family,
     gguf::Metadata,
     tokenizer::{SpecialTokens, train_bpe},
     weights::{WeightFormat, WeightMatrix},
@@ -136,6 +137,7 @@ pub(super) fn tiny_base() -> Vec<u8> {
     let tokenizer = train_bpe(std::iter::empty(), 259, &SpecialTokens::default()).unwrap();
     let config = ModelConfig {
         name: "tiny".to_owned(),
+        family: Family::Llama,
         vocab_size: tokenizer.vocab_size(),
         hidden: 32,
         layers: 2,
@@ -150,6 +152,7 @@ pub(super) fn tiny_base() -> Vec<u8> {
     let layer = LayerWeights {
         attn_norm: vec![1.0; config.hidden],
         ffn_norm: vec![1.0; config.hidden],
+        extras: LayerExtras::default(),
         projections: Projection::ALL.map(|projection| {
             let (rows, cols) = projection.shape(&config);
             matrix(rows, cols)
