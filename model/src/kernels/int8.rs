@@ -64,7 +64,7 @@ impl Kernel {
         let vector = [(Self::Avx2, x86::has_avx2()), (Self::Vnni, x86::has_vnni())];
         #[cfg(target_arch = "aarch64")]
         let vector = [
-            (Self::Neon, neon_dot::has_neon()),
+            (Self::Neon, super::simd::has_neon()),
             (Self::NeonDot, neon_dot::has_dot()),
             (Self::NeonI8mm, neon_i8mm::has_i8mm()),
         ];

@@ -19,6 +19,8 @@ mod x86;
 use super::bf16::{Right, Rows};
 use super::matrix::{Into, View, ViewMut};
 use super::scratch::buffer;
+#[cfg(target_arch = "aarch64")]
+use super::simd::has_neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{has_avx2, has_avx512};
 
@@ -98,7 +100,7 @@ impl Kernel {
             }
         }
         #[cfg(target_arch = "aarch64")]
-        if neon::available() {
+        if has_neon() {
             return Self::Neon;
         }
         Self::Portable

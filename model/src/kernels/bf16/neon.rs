@@ -11,6 +11,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use super::{Block, Left, PANEL, Part, ROWS, Rows};
 use crate::kernels::matrix::Into;
+use crate::kernels::simd::has_neon;
 
 /// Values of a row that are expanded and rounded together; a whole number of stored blocks.
 const STRETCH: usize = 256;
@@ -23,7 +24,7 @@ type Words = [u32; STRETCH / 2];
 
 /// Whether the processor has the instructions of this file.
 pub(super) fn available() -> bool {
-    is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("bf16")
+    has_neon() && is_aarch64_feature_detected!("bf16")
 }
 
 pub(super) fn interleave_rows(source: Rows<'_>, part: Part, width: usize, panels: &mut [u32]) {

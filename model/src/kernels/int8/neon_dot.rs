@@ -9,12 +9,8 @@ use std::arch::is_aarch64_feature_detected;
 use super::form::Form;
 use super::neon::*;
 use super::{Panel, Quantized};
+use crate::kernels::simd::has_neon;
 use crate::weights::BLOCK;
-
-/// Baseline NEON.
-pub(super) fn has_neon() -> bool {
-    is_aarch64_feature_detected!("neon")
-}
 
 /// Dot products of four bytes.
 pub(super) fn has_dot() -> bool {

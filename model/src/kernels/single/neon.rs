@@ -2,10 +2,10 @@
 #![allow(unsafe_code, reason = "vector instructions; bounds are asserted where pointers are made")]
 
 use std::arch::aarch64::*;
-use std::arch::is_aarch64_feature_detected;
 
 use super::{Block, Left, TRANSPOSED_ROWS};
 use crate::kernels::matrix::Into;
+use crate::kernels::simd::has_neon;
 
 /// Sums of a block: 24 of 32 registers.
 pub(super) const ROWS: usize = 6;
@@ -14,14 +14,9 @@ pub(super) const PANEL: usize = 16;
 /// Values in a register.
 const LANES: usize = 4;
 
-/// Whether the processor has the instructions of this file.
-pub(super) fn available() -> bool {
-    is_aarch64_feature_detected!("neon")
-}
-
 pub(super) fn multiply(block: Block, left: Left<'_>, panel: &[f32], out: &mut [f32]) {
     let last = block.rows - 1;
-    assert!(available() && block.depth > 0 && (1..=PANEL).contains(&block.cols), "detected, and not empty");
+    assert!(has_neon() && block.depth > 0 && (1..=PANEL).contains(&block.cols), "detected, and not empty");
     assert!(
         last * left.row_stride + (block.depth - 1) * left.depth_stride < left.values.len(),
         "left factor"
@@ -91,7 +86,7 @@ fn write(block: Block, sum: float32x4_t, to: &mut [f32]) {
 }
 
 pub(super) fn transpose(values: &[f32], stride: usize, cols: usize, panel: &mut [f32], width: usize) {
-    assert!(available(), "detected");
+    assert!(has_neon(), "detected");
     assert!((TRANSPOSED_ROWS - 1) * stride + cols <= values.len(), "eight rows");
     assert!(cols == 0 || (cols - 1) * width + TRANSPOSED_ROWS <= panel.len(), "lines of the panel");
     // SAFETY: the instructions were detected, and the bounds just checked.
