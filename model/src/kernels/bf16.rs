@@ -3,11 +3,13 @@
 //!
 //! A weight goes from its stored blocks straight into packed tiles of at most [`TILE_PAIRS_MAX`] pairs; it
 //! never exists as a whole in another form. This file blocks the product; `bf16/avx512.rs` packs and multiplies
-//! with AVX512-BF16, about twice as fast as f32 there; `bf16/portable.rs` does the same in plain Rust and is
-//! what the fast one is tested against.
+//! with AVX512-BF16, about twice as fast as f32 there, `bf16/neon.rs` with ARM's bf16 instructions; `bf16/portable.rs`
+//! does the same in plain Rust and is what the fast ones are tested against.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(test)]
 mod portable;
 #[cfg(test)]
@@ -24,7 +26,7 @@ pub enum Precision {
     #[default]
     F32,
     /// Factors rounded to bf16 (8 bits of mantissa), sums in f32, where the processor multiplies bf16 pairs
-    /// (AVX512-BF16); elsewhere the same as [`Precision::F32`], which is faster than emulating it. Weights in Q5_0,
+    /// (AVX512-BF16, ARM's FEAT_BF16); elsewhere the same as [`Precision::F32`], which is faster than emulating it. Weights in Q5_0,
     /// Q4_K and Q6_K are multiplied in f32 either way.
     Bf16,
 }
@@ -42,11 +44,11 @@ pub(crate) fn packs(format: WeightFormat) -> bool {
     }
 }
 
-/// Columns of a panel: four registers of 16 sums.
-const PANEL: usize = 64;
+/// Columns of a panel: four registers of 16 sums, or of four.
+const PANEL: usize = if cfg!(target_arch = "aarch64") { 16 } else { 64 };
 
-/// Rows of the output that are summed at once; with a panel, 24 registers of sums.
-const ROWS: usize = 6;
+/// Rows of the output that are summed at once; with a panel, 24 registers of sums, or 16.
+const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 6 };
 
 /// Longest stretch of the summed dimension that is packed at once.
 const DEPTH_MAX: usize = 768;
@@ -66,6 +68,9 @@ pub(crate) enum Kernel {
     /// Vector instructions for pairs of bf16.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// Vector instructions for two pairs of bf16 in two rows and two columns.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     /// Plain Rust.
     #[cfg(test)]
     Portable,
@@ -137,6 +142,10 @@ impl Kernel {
         if avx512::available() {
             return Some(Self::Avx512);
         }
+        #[cfg(target_arch = "aarch64")]
+        if neon::available() {
+            return Some(Self::Neon);
+        }
         None
     }
 
@@ -146,6 +155,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::interleave_rows(source, part, width, panels),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::interleave_rows(source, part, width, panels),
             #[cfg(test)]
             Self::Portable => portable::interleave_rows(source, part, width, panels),
         }
@@ -157,6 +168,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::transpose_rows(source, part, panels),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::transpose_rows(source, part, panels),
             #[cfg(test)]
             Self::Portable => portable::transpose_rows(source, part, panels),
         }
@@ -167,6 +180,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::round_rows(source, part, stride, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::round_rows(source, part, stride, out),
             #[cfg(test)]
             Self::Portable => portable::round_rows(source, part, stride, out),
         }
@@ -176,6 +191,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::multiply(block, left, panel, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::multiply(block, left, panel, out),
             #[cfg(test)]
             Self::Portable => portable::multiply(block, left, panel, out),
         }
@@ -228,7 +245,8 @@ pub(crate) fn product(kernel: Kernel, out: ViewMut<'_>, into: Into, left: View<'
         out.data.chunks_mut(out.row_stride.max(1)).take(out.rows).for_each(|row| row[..columns].fill(0.0));
     }
     let stretch = depth.div_ceil(depth.div_ceil(DEPTH_MAX).max(1)).next_multiple_of(GROUP).max(GROUP);
-    let tile_columns = (2 * TILE_PAIRS_MAX / stretch / PANEL * PANEL).min(columns.next_multiple_of(PANEL));
+    let whole = PANEL.max(GROUP);
+    let tile_columns = (2 * TILE_PAIRS_MAX / stretch / whole * whole).min(columns.next_multiple_of(PANEL));
     let mut left_memory = buffer(left_pairs(&left, stretch) + LINE);
     let mut tile_memory = buffer(tile_columns * stretch / 2 + LINE);
     for first in (0..depth).step_by(stretch) {

@@ -8,6 +8,12 @@
 mod activations;
 mod form;
 mod lines;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dot;
+#[cfg(target_arch = "aarch64")]
+mod neon_i8mm;
 mod pack;
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -39,20 +45,33 @@ enum Kernel {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
 }
 
 impl Kernel {
     fn best() -> Self {
+        Self::available().last().unwrap_or(Self::Portable)
+    }
+
+    /// What this processor has, the best last.
+    fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
-        {
-            if x86::has_vnni() {
-                return Self::Vnni;
-            }
-            if x86::has_avx2() {
-                return Self::Avx2;
-            }
-        }
-        Self::Portable
+        let vector = [(Self::Avx2, x86::has_avx2()), (Self::Vnni, x86::has_vnni())];
+        #[cfg(target_arch = "aarch64")]
+        let vector = [
+            (Self::Neon, super::simd::has_neon()),
+            (Self::NeonDot, neon_dot::has_dot()),
+            (Self::NeonI8mm, neon_i8mm::has_i8mm()),
+        ];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let vector: [(Self, bool); 0] = [];
+        let vector = vector.into_iter().filter_map(|(kernel, there)| there.then_some(kernel));
+        std::iter::once(Self::Portable).chain(vector)
     }
 
     /// Writes `y[t * stride + r]` for all rows t of x and rows r of the panel.
@@ -63,6 +82,12 @@ impl Kernel {
             Self::Avx2 => x86::panel_avx2(panel, x, y, stride),
             #[cfg(target_arch = "x86_64")]
             Self::Vnni => x86::panel_vnni(panel, x, y, stride),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon_dot::panel_neon(panel, x, y, stride),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => neon_dot::panel_dot(panel, x, 0, y, stride),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => neon_i8mm::panel_i8mm(panel, x, y, stride),
         }
     }
 }
@@ -97,16 +122,6 @@ mod tests {
         WeightFormat::Q6_K,
     ];
 
-    fn kernels() -> Vec<Kernel> {
-        let mut kernels = vec![Kernel::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            kernels.extend(x86::has_avx2().then_some(Kernel::Avx2));
-            kernels.extend(x86::has_vnni().then_some(Kernel::Vnni));
-        }
-        kernels
-    }
-
     /// What the kernels compute, in f64 from the expanded values of both sides.
     fn expected(w: &WeightMatrix, x: &Quantized) -> Vec<f64> {
         let (values, x) = (w.to_f32(), x.to_f32());
@@ -122,7 +137,7 @@ mod tests {
             rows in 1usize..70, blocks in 1usize..7, tokens in 1usize..30, seed in 0u32..1000, extreme: bool,
         ) {
             for format in FORMATS {
-                let cols = blocks.div_ceil(format.block().0 / 64) * format.block().0;
+                let cols = (32 * blocks).next_multiple_of(format.block().0);
                 let mut values = noise(rows * cols, seed);
                 let mut x = noise(tokens * cols, seed + 1);
                 if extreme {
@@ -133,15 +148,32 @@ mod tests {
                 let packed = Packed::all(&[&w]).remove(0).unwrap();
                 let x = Quantized::new(&x, cols);
                 let expected = expected(&w, &x);
-                for kernel in kernels() {
+                let mut vectors: Option<Vec<u32>> = None;
+                for kernel in Kernel::available() {
                     let mut y = vec![f32::NAN; tokens * rows];
                     packed.forward_with(kernel, &x, &mut y);
                     for (i, (found, expected)) in y.iter().zip(&expected).enumerate() {
                         let close = (f64::from(*found) - expected).abs() <= 2e-5 * (1.0 + expected.abs()) * (cols / 32) as f64;
                         prop_assert!(close, "{format:?} {kernel:?} at {i}: {found} for {expected}");
                     }
+                    if kernel != Kernel::Portable {
+                        let bits: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
+                        let first = vectors.get_or_insert_with(|| bits.clone());
+                        prop_assert!(*first == bits, "{format:?} {kernel:?}: other bits than another vector kernel's");
+                    }
                 }
             }
+        }
+    }
+
+    /// Whoever knows the processor says in FLEETUNE_INT8_KERNELS what it has, as `tests/arm/run` does.
+    #[test]
+    fn the_kernels_of_this_processor_are_found() {
+        let found: Vec<String> = Kernel::available().map(|kernel| format!("{kernel:?}")).collect();
+        assert_eq!(found[0], "Portable");
+        assert_eq!(found.last(), Some(&format!("{:?}", Kernel::best())));
+        if let Ok(expected) = std::env::var("FLEETUNE_INT8_KERNELS") {
+            assert_eq!(found.join(" "), expected);
         }
     }
 

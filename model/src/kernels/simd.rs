@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub enum SimdLevel {
     /// What every processor of the target has.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2 and FMA; on ARM all of NEON, dot and matrix products among it.
     Avx2,
     /// AVX-512 with what goes with it (BW, VL, DQ; VNNI and BF16 where the processor has them).
     Avx512,
@@ -27,7 +27,7 @@ pub fn limit_simd(level: SimdLevel) {
 }
 
 /// Whether kernels of that level may be used.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline]
 fn allowed(level: SimdLevel) -> bool {
     WIDEST.load(Ordering::Relaxed) >= level as u8
@@ -50,6 +50,13 @@ pub(crate) fn has_avx512() -> bool {
 #[inline]
 pub(crate) fn has_avx2() -> bool {
     allowed(SimdLevel::Avx2) && std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
+}
+
+/// Whether the processor has NEON, and its kernels may be used.
+#[cfg(target_arch = "aarch64")]
+#[inline]
+pub(crate) fn has_neon() -> bool {
+    allowed(SimdLevel::Avx2) && std::arch::is_aarch64_feature_detected!("neon")
 }
 
 macro_rules! simd_fn {

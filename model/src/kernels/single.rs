@@ -2,12 +2,14 @@
 //!
 //! The right factor goes from where it rests (values, or the blocks of a stored weight) straight into packed panels
 //! of a few columns; the left factor is read where it lies. This file blocks the product; `single/x86.rs` multiplies
-//! with AVX2 or AVX-512, `single/portable.rs` in plain Rust.
+//! with AVX2 or AVX-512, `single/neon.rs` with NEON, `single/portable.rs` in plain Rust.
 //!
 //! Every element of the output is summed in one order: over each stretch of the summed dimension in turn, with fused
 //! multiply-adds, the stretches then added up. So the bits depend neither on the instruction set nor on the other
 //! rows and columns; only plain Rust without the instruction (`portable::fused`) rounds otherwise.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -17,6 +19,8 @@ mod x86;
 use super::bf16::{Right, Rows};
 use super::matrix::{Into, View, ViewMut};
 use super::scratch::buffer;
+#[cfg(target_arch = "aarch64")]
+use super::simd::has_neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{has_avx2, has_avx512};
 
@@ -45,6 +49,8 @@ pub(crate) enum Kernel {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     /// Plain Rust.
     Portable,
 }
@@ -93,6 +99,10 @@ impl Kernel {
                 return Self::Avx2;
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if has_neon() {
+            return Self::Neon;
+        }
         Self::Portable
     }
 
@@ -103,6 +113,8 @@ impl Kernel {
             Self::Avx512 => (x86::AVX512_ROWS, x86::AVX512_PANEL),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => (x86::AVX2_ROWS, x86::AVX2_PANEL),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => (neon::ROWS, neon::PANEL),
             Self::Portable => (portable::ROWS, portable::PANEL),
         }
     }
@@ -114,6 +126,8 @@ impl Kernel {
             Self::Avx512 => x86::multiply_avx512(block, left, panel, out),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => x86::multiply_avx2(block, left, panel, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::multiply(block, left, panel, out),
             Self::Portable => portable::multiply(block, left, panel, out),
         }
     }
@@ -123,6 +137,8 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 | Self::Avx2 => x86::transpose(values, stride, cols, panel, width),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::transpose(values, stride, cols, panel, width),
             Self::Portable => portable::transpose(values, stride, cols, panel, width),
         }
     }

@@ -73,6 +73,16 @@ fn check_stored(format: WeightFormat, rows: usize, cols: usize, m: usize) {
     }
 }
 
+/// Whoever knows the processor says in FLEETUNE_BF16_KERNEL what it has, as `tests/arm/run` does.
+#[test]
+fn the_kernel_of_this_processor_is_found() {
+    let found = Kernel::detect().map_or_else(|| "none".to_owned(), |kernel| format!("{kernel:?}"));
+    assert_ne!(found, "Portable");
+    if let Ok(expected) = std::env::var("FLEETUNE_BF16_KERNEL") {
+        assert_eq!(found, expected);
+    }
+}
+
 #[test]
 fn stored_weights_of_every_format_and_both_directions() {
     for format in WeightFormat::ALL.into_iter().filter(|format| packs(*format)) {
@@ -120,7 +130,7 @@ fn a_product_without_rows_columns_or_depth() {
     }
 }
 
-/// Where AVX512-BF16 is, it must pack the same bits as plain Rust, rounding ties to even.
+/// Where vector instructions for bf16 are, they must pack the same bits as plain Rust, rounding ties to even.
 #[test]
 fn both_kernels_pack_the_same_bits() {
     let ties: Vec<f32> = (0..37 * 96).map(|i| f32::from_bits(0x3f80_8000 + (i as u32) * 0x8000)).collect();

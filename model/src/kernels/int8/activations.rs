@@ -1,5 +1,7 @@
 //! Activations in 8 bits: each block of 32 values has its own scale, the largest magnitude over 127.
 
+#[cfg(target_arch = "aarch64")]
+use super::{neon::Rows, neon_i8mm::Pairs};
 use crate::kernels::simd::simd_fn;
 use crate::weights::BLOCK;
 
@@ -18,6 +20,9 @@ pub(crate) struct Quantized {
     pub(super) halves: Vec<i32>,
     /// Sum of the values: scale times integer sum.
     pub(super) offsets: Vec<f32>,
+    /// The same for the kernel that reads two rows at once.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) pairs: Pairs,
 }
 
 impl Quantized {
@@ -44,6 +49,12 @@ impl Quantized {
         halves.for_each(|(halves, sum)| *sum = halves[0] + halves[1]);
         let blocks = self.sums.iter().zip(&self.scales).zip(&mut self.offsets);
         blocks.for_each(|((sum, scale), offset)| *offset = *scale * *sum as f32);
+        #[cfg(target_arch = "aarch64")]
+        {
+            let mut pairs = std::mem::take(&mut self.pairs);
+            pairs.assign(Rows::from(self, 0), cols / BLOCK);
+            self.pairs = pairs;
+        }
     }
 
     pub(crate) fn rows(&self) -> usize {

@@ -10,6 +10,8 @@ fn kernels() -> Vec<Kernel> {
         Kernel::Avx512,
         #[cfg(target_arch = "x86_64")]
         Kernel::Avx2,
+        #[cfg(target_arch = "aarch64")]
+        Kernel::Neon,
         Kernel::Portable,
     ]
     .into_iter()
@@ -23,6 +25,8 @@ fn available(kernel: Kernel) -> bool {
         Kernel::Avx512 => has_avx512(),
         #[cfg(target_arch = "x86_64")]
         Kernel::Avx2 => has_avx2(),
+        #[cfg(target_arch = "aarch64")]
+        Kernel::Neon => has_neon(),
         Kernel::Portable => true,
     }
 }
