@@ -115,7 +115,8 @@ impl Fit {
         if let Some(best) = all.iter().filter(|cut| fits(cut)).min_by_key(|cut| cost(cut, batch)) {
             return Ok(Self::of(shape, *best));
         }
-        let least = Cut { sequences: 1, threads: 1, recompute: options.recompute != Recompute::Never, ..widest };
+        let least =
+            Cut { sequences: 1, threads: 1, recompute: options.recompute != Recompute::Never, ..widest };
         let shorter = |pieces: usize| Cut { length: length.div_ceil(pieces), ..least };
         let pieces_max = (length / BLOCK_TOKENS_MIN).max(1);
         match (2..=pieces_max).map(shorter).find(fits) {
@@ -273,7 +274,11 @@ impl Widths {
         Self {
             hidden,
             saved: 2 + hidden + 2 * queries + 2 * keys + heads + gate_and_up + low,
-            working: feed_forward_working + 3 * hidden.max(queries) + 2 * keys + 4 * hidden + lora.rank as u64,
+            working: feed_forward_working
+                + 3 * hidden.max(queries)
+                + 2 * keys
+                + 4 * hidden
+                + lora.rank as u64,
         }
     }
 }

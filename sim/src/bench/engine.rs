@@ -13,7 +13,8 @@ use fleetune_model::{
     config::Projection,
     infer::{Engine, Sequence, Span},
     train::{
-        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, TrainerOptions, fine_tune,
+        LocalTraining, LoraTrainer, OptimizerConfig, Precision, Recompute, Schedule, TrainerOptions,
+        fine_tune,
     },
 };
 use rand::{RngExt, SeedableRng};

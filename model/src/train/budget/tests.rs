@@ -17,13 +17,7 @@ use crate::weights::WeightFormat;
 const CHILD: &str = "FLEETUNE_TEST_MEMORY";
 
 fn model() -> ModelConfig {
-    ModelConfig {
-        hidden: 384,
-        layers: 8,
-        feed_forward: 1024,
-        context_length: 512,
-        ..config(6, 2, 64)
-    }
+    ModelConfig { hidden: 384, layers: 8, feed_forward: 1024, context_length: 512, ..config(6, 2, 64) }
 }
 
 fn plan(batch_size: usize, block_tokens: usize) -> LocalTraining {
