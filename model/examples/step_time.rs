@@ -189,7 +189,8 @@ fn cancel(model: &Path, n: &[usize], options: TrainerOptions) {
     for moment in 1..=n[2] {
         let start = Instant::now();
         let at = std::time::Duration::from_millis(97 * moment as u64);
-        let found = trainer.watched_loss_and_gradient(&values, &batch, &mut gradient, &mut || start.elapsed() > at);
+        let found =
+            trainer.watched_loss_and_gradient(&values, &batch, &mut gradient, &mut || start.elapsed() > at);
         if found.is_err() {
             longest = longest.max((start.elapsed() - at).as_secs_f64());
         }

@@ -351,7 +351,8 @@ impl Trainer for LoraTrainer {
         check_len("gradient", self.layout.len(), gradient.len())?;
         let parts = micro::micro_batches(batch, self.fit.micro_tokens);
         let step = threads::Step { values, parts: &parts, denominator: batch.predicted() as f32 };
-        let loss = threads::gradient(&self.pass, &step, (self.fit.threads, &mut self.shards), gradient, watch);
+        let loss =
+            threads::gradient(&self.pass, &step, (self.fit.threads, &mut self.shards), gradient, watch);
         match loss {
             Some(loss) => Ok(loss as f32),
             None => {

@@ -47,7 +47,10 @@ impl<T: Transport> Client<T> {
     fn accepts(&self, offer: &TaskOffer, held: usize) -> bool {
         let enough = self.too_little.get(&offer.task).map_or(held > 0, |short| held > *short);
         let too_large = self.over_budget.get(&offer.task).is_some_and(|until| self.clock.now() < *until);
-        enough && !too_large && self.floors.protocols.contains(&offer.protocol) && self.app.consent.allows(offer)
+        enough
+            && !too_large
+            && self.floors.protocols.contains(&offer.protocol)
+            && self.app.consent.allows(offer)
     }
 
     pub(super) fn fetch(&mut self, digest: Digest, stop: &AtomicBool) {
@@ -187,7 +190,12 @@ impl<T: Transport> Client<T> {
         let block_tokens = summary.fit.block_tokens;
         if summary.steps < plan.steps || block_tokens < plan.block_tokens as usize {
             let (steps, planned) = (summary.steps, plan.steps);
-            tracing::warn!(steps, planned, block_tokens, "trained less than planned, to stay within the budgets");
+            tracing::warn!(
+                steps,
+                planned,
+                block_tokens,
+                "trained less than planned, to stay within the budgets"
+            );
         }
     }
 }

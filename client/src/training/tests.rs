@@ -89,7 +89,7 @@ fn what_cannot_be_trained_says_why() {
     let mut steps = 0;
     let mut third = || {
         steps += 1;
-        steps > 20
+        steps > 5
     };
     let stopped = trainer.run(&order, &checkpoint(), &blocks, &[1; 32], &mut third).unwrap_err();
     assert!(matches!(stopped, TrainingFailure::Interrupted(_)), "{stopped}");

@@ -115,7 +115,8 @@ impl Fit {
         if let Some(best) = all.iter().filter(|cut| fits(cut)).min_by_key(|cut| cost(cut, batch)) {
             return Ok(Self::of(shape, *best));
         }
-        let least = Cut { sequences: 1, threads: 1, recompute: options.recompute != Recompute::Never, ..widest };
+        let least =
+            Cut { sequences: 1, threads: 1, recompute: options.recompute != Recompute::Never, ..widest };
         let shorter = |pieces: usize| Cut { length: length.div_ceil(pieces), ..least };
         let pieces_max = (length / BLOCK_TOKENS_MIN).max(1);
         match (2..=pieces_max).map(shorter).find(fits) {
@@ -222,7 +223,7 @@ pub fn memory_need(shape: &SessionShape<'_>, cut: &Cut) -> MemoryNeed {
         tokenizer: TOKENIZER_BYTES + TOKEN_BYTES * shape.model.vocab_size as u64,
         values: FLOAT * (kept_values * values + frozen_values(shape.layout) + rope),
         activations: threads * FLOAT * activations,
-        working: threads * (FLOAT * working + PRODUCT_BYTES) + PROCESS_BYTES,
+        working: threads * (FLOAT * working + product_bytes(shape.precision)) + PROCESS_BYTES,
     }
 }
 
@@ -238,15 +239,16 @@ const HEAD_ROWS: u64 = 6;
 /// Queries whose scores are held at once (`kernels/attention.rs`).
 const ATTENTION_ROWS: usize = 128;
 
-/// Packed tiles of the products of one thread.
-const PRODUCT_BYTES: u64 = 6 << 20;
+/// Packed factors of the products of one thread: the f32 product packs more of them at once.
+const PRODUCT_BYTES_F32: u64 = 14 << 20;
+const PRODUCT_BYTES_BF16: u64 = 6 << 20;
 
 /// The tokenizer, and what each token of it takes.
 const TOKENIZER_BYTES: u64 = 1 << 20;
 const TOKEN_BYTES: u64 = 600;
 
 /// Code, stacks and what the allocator holds back.
-const PROCESS_BYTES: u64 = 8 << 20;
+const PROCESS_BYTES: u64 = 12 << 20;
 
 /// Values for each token, in one layer.
 struct Widths {
@@ -273,8 +275,19 @@ impl Widths {
         Self {
             hidden,
             saved: 2 + hidden + 2 * queries + 2 * keys + heads + gate_and_up + low,
-            working: feed_forward_working + 3 * hidden.max(queries) + 2 * keys + 4 * hidden + lora.rank as u64,
+            working: feed_forward_working
+                + 3 * hidden.max(queries)
+                + 2 * keys
+                + 4 * hidden
+                + lora.rank as u64,
         }
+    }
+}
+
+fn product_bytes(precision: Precision) -> u64 {
+    match precision {
+        Precision::F32 => PRODUCT_BYTES_F32,
+        Precision::Bf16 => PRODUCT_BYTES_BF16,
     }
 }
 

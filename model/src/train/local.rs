@@ -411,7 +411,8 @@ mod tests {
         let (fresh, mut values) = trainer(false);
         let time = Some(TimeBudget { limit: Duration::from_millis(limit_ms), when_short });
         let options = TrainerOptions { time, ..TrainerOptions::default() };
-        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let mut trainer =
+            LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
         let blocks = blocks(&trainer.base().config, 5, 24);
         let mut looks = 0;
         let now = || {
@@ -441,10 +442,10 @@ mod tests {
     #[test]
     fn a_time_budget_needs_a_clock() {
         let (fresh, mut values) = trainer(false);
-        let time =
-            Some(TimeBudget { limit: Duration::from_secs(9), when_short: WhenShort::Refuse });
+        let time = Some(TimeBudget { limit: Duration::from_secs(9), when_short: WhenShort::Refuse });
         let options = TrainerOptions { time, ..TrainerOptions::default() };
-        let mut trainer = LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
+        let mut trainer =
+            LoraTrainer::new(Arc::clone(fresh.base()), Arc::clone(fresh.layout()), options).unwrap();
         let blocks = blocks(&trainer.base().config, 2, 24);
         let found = fine_tune(&mut trainer, &mut values, &blocks, &plan(), 1, &mut || false);
         assert_eq!(found, Err(TrainError::NoClock));

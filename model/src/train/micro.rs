@@ -74,7 +74,7 @@ mod tests {
         assert_eq!(parts.len(), 2);
         assert_eq!((parts[0].sequences, parts[0].length), (1, 3));
         assert_eq!(parts[0].inputs, [1, 2, 3]);
-        assert_eq!((parts[1].length, &parts[1].targets[..]), (1, &[6][..]));
+        assert_eq!((parts[1].length, &parts[1].targets[..]), (2, &[8, 9, 6, -1][..]));
         batch.targets[6..9].copy_from_slice(&[8, -1, 9]);
         let whole = micro_batches(&batch, 100);
         assert_eq!((whole.len(), whole[0].sequences, whole[0].predicted()), (1, 3, 6));
