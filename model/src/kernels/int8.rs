@@ -122,7 +122,7 @@ mod tests {
             rows in 1usize..70, blocks in 1usize..7, tokens in 1usize..30, seed in 0u32..1000, extreme: bool,
         ) {
             for format in FORMATS {
-                let cols = blocks.div_ceil(format.block().0 / 64) * format.block().0;
+                let cols = (blocks * 32).next_multiple_of(format.block().0);
                 let mut values = noise(rows * cols, seed);
                 let mut x = noise(tokens * cols, seed + 1);
                 if extreme {
@@ -152,7 +152,8 @@ mod tests {
         for format in FORMATS {
             let bytes = format.row_bytes(cols).unwrap() * rows;
             // Without the highest exponents, so that scales are finite.
-            let noise = (0..bytes).map(|i| (i as u32 * 2_654_435_761 >> 13) as u8 & 0xbb).collect();
+            let noise =
+                (0..bytes).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 13) as u8 & 0xbb).collect();
             let w = WeightMatrix::from_bytes(noise, rows, cols, format).unwrap();
             let packed = Packed::all(&[&w]).remove(0).unwrap();
             let expected = w.to_f32();
