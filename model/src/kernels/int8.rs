@@ -184,7 +184,8 @@ mod tests {
         for format in FORMATS {
             let bytes = format.row_bytes(cols).unwrap() * rows;
             // Without the highest exponents, so that scales are finite.
-            let noise = (0..bytes).map(|i| (i as u32 * 2_654_435_761 >> 13) as u8 & 0xbb).collect();
+            let noise =
+                (0..bytes).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 13) as u8 & 0xbb).collect();
             let w = WeightMatrix::from_bytes(noise, rows, cols, format).unwrap();
             let packed = Packed::all(&[&w]).remove(0).unwrap();
             let expected = w.to_f32();

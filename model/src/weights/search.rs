@@ -241,10 +241,10 @@ mod tests {
         let x = bell(64 * 256, 3);
         let ones = vec![1.0; 256];
         for (format, share) in [
-            (WeightFormat::Q4_0, 0.85),
-            (WeightFormat::Q4_1, 0.90),
-            (WeightFormat::Q5_0, 0.95),
-            (WeightFormat::Q8_0, 0.999),
+            (WeightFormat::Q4_0, 0.90),
+            (WeightFormat::Q4_1, 0.97),
+            (WeightFormat::Q5_0, 0.98),
+            (WeightFormat::Q8_0, 0.9999),
         ] {
             let found = error_of(&search(&x, format, &ones), &x, &ones, format);
             let plain = error_of(&quantize(&x, format), &x, &ones, format);

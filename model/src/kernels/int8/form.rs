@@ -194,5 +194,5 @@ fn put_word(line: &mut [u8], r: usize, word: u32) {
 /// From one bit a column to four bytes: bit i of byte b is that of column `4 i + b`.
 fn fifth_bits(columns: u32) -> u32 {
     // The product has a copy of the four bits at 0, 7, 14 and 21, which puts bit b at 8 b.
-    (0..8).fold(0, |bits, i| bits | ((columns >> (4 * i) & 15) * 0x0020_4081 & 0x0101_0101) << i)
+    (0..8).fold(0, |bits, i| bits | (((columns >> (4 * i) & 15) * 0x0020_4081) & 0x0101_0101) << i)
 }
