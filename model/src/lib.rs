@@ -36,6 +36,7 @@ pub mod generate;
 pub mod infer;
 pub mod optim;
 pub mod train;
+pub mod trained;
 
 #[cfg(test)]
 mod fixtures;

@@ -65,6 +65,20 @@ pub struct TrainerOptions {
     pub precision: Precision,
 }
 
+/// What the local training loop needs of a model: the gradient of a batch's loss by one flat vector of values.
+pub trait Trainer: std::fmt::Debug {
+    /// Mean negative log-likelihood (nats) of the batch's targets; overwrites `gradient` with its gradient.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`] if the batch or a slice does not fit the model or its layout.
+    fn loss_and_gradient(
+        &mut self,
+        values: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError>;
+}
+
 /// Computes losses and gradients of an adapter over a frozen base.
 #[derive(Debug)]
 pub struct LoraTrainer {
@@ -179,6 +193,17 @@ impl LoraTrainer {
         }
         let targets = LossTargets { ids: batch.targets.clone(), denominator: batch.predicted() as f32 };
         ops::head_loss(x, leaf(&[0.0], &self.device), &self.head, targets)
+    }
+}
+
+impl Trainer for LoraTrainer {
+    fn loss_and_gradient(
+        &mut self,
+        values: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError> {
+        Self::loss_and_gradient(self, values, batch, gradient)
     }
 }
 

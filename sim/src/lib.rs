@@ -6,6 +6,7 @@ pub mod bench;
 pub mod chat;
 pub mod experiment;
 pub mod fleet;
+pub mod next_word;
 pub mod pool;
 pub mod pretrain;
 pub mod report;

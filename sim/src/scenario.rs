@@ -1,10 +1,14 @@
 //! A scenario: everything that a simulated fleet is made of, as one TOML file. What a file leaves
 //! out has the value of `scenarios/default.toml`, which shows every setting.
 
+mod model;
+
+pub use model::Model;
+
 use anyhow::{Context, Result, ensure};
 use fleetune_coordinator::{NoiseSpec, PrivacySpec, ServerOptimizer};
 use fleetune_model::adapter::LoraConfig;
-use fleetune_model::config::Projection;
+use fleetune_model::{config::Projection, trained::TrainedConfig};
 use fleetune_privacy::{
     AdaptationTarget, ClippingNorm, Delta, Mechanism, NoiseCohort, SubsampledGaussian, noise_multiplier,
 };
@@ -29,6 +33,8 @@ pub struct Scenario {
     pub fleet: Fleet,
     /// What devices are like.
     pub devices: Devices,
+    /// What is trained.
+    pub model: Model,
     /// The adapter.
     pub adapter: AdapterShape,
     /// Local training.
@@ -216,6 +222,8 @@ pub struct Evaluation {
     pub blocks: usize,
     /// Rounds between evaluations.
     pub every: u32,
+    /// True: also how often the right token or word was among the first three guesses.
+    pub recall: bool,
 }
 
 /// Central training to compare with.
@@ -360,15 +368,21 @@ impl Scenario {
         ensure!((0.0..=3.0).contains(&self.devices.speed_sigma), "devices.speed_sigma: 0 to 3");
         ensure!(self.evaluation.every >= 1 && self.evaluation.blocks >= 1, "evaluation: at least 1");
         ensure!(self.central.batch_size >= 1, "central.batch_size: at least 1");
-        self.lora(0)?;
+        self.trained(0)?;
+        self.model.release_format()?;
         self.training_plan()?;
         self.aggregation_plan()?;
         self.privacy_spec()?;
         self.server_optimizer().map(|_| ())
     }
 
+    /// What is trained.
+    pub fn trained(&self, init_seed: u64) -> Result<TrainedConfig> {
+        self.model.trained(self.lora(init_seed)?)
+    }
+
     /// The adapter's shape.
-    pub fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
+    fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
         let parse =
             |name: &String| Projection::from_name(name).with_context(|| format!("adapter.targets: {name:?}"));
         let mut targets = self.adapter.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;

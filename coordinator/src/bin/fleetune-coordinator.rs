@@ -118,7 +118,7 @@ async fn status(config: &Path, json: bool) -> Result<()> {
         serde_json::json!({
             "version": release.version(),
             "task": release.manifest.task.as_str(),
-            "adapter": release.manifest.adapter.hex(),
+            "adapter": release.manifest.adapter.map(|adapter| adapter.hex()),
             "base_model": release.manifest.base_model.hex(),
             "rounds": release.manifest.rounds,
             "created_unix_ms": release.manifest.created.0,

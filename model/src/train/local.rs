@@ -4,7 +4,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::{LoraTrainer, TrainError};
+use super::{TrainError, Trainer};
 use crate::batch::{Batch, InputError};
 use crate::optim::{AdamW, AdamWConfig, Sgd, clip_gradient_norm};
 
@@ -97,7 +97,7 @@ pub struct TrainSummary {
 /// # Errors
 /// Those of [`TrainError`]; after one that names a step, `values` are as after the last whole step.
 pub fn fine_tune(
-    trainer: &mut LoraTrainer,
+    trainer: &mut dyn Trainer,
     values: &mut [f32],
     blocks: &[Vec<u32>],
     plan: &LocalTraining,
@@ -241,7 +241,7 @@ mod tests {
     use crate::adapter::Adapter;
     use crate::config::Projection;
     use crate::fixtures::{base, blocks, layout};
-    use crate::train::{Precision, TrainerOptions};
+    use crate::train::{LoraTrainer, Precision, TrainerOptions};
 
     fn plan() -> LocalTraining {
         LocalTraining {
