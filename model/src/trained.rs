@@ -204,10 +204,10 @@ pub fn stored(
 mod tests {
     use super::*;
     use crate::batch::Batch;
+    use crate::config::Projection;
     use crate::eval::evaluate;
     use crate::fixtures::{base_of, blocks, config, layout};
     use crate::gguf::Metadata;
-    use crate::config::Projection;
 
     fn full(base: &BaseModel) -> TrainedLayout {
         TrainedLayout::new(base, &TrainedConfig::Full).unwrap()

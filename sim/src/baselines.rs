@@ -118,13 +118,7 @@ struct CentralRun {
 }
 
 impl CentralRun {
-    fn new(
-        scenario: &Scenario,
-        values: Vec<f32>,
-        pooled: Vec<Vec<u32>>,
-        tokens: u64,
-        seed: u64,
-    ) -> Self {
+    fn new(scenario: &Scenario, values: Vec<f32>, pooled: Vec<Vec<u32>>, tokens: u64, seed: u64) -> Self {
         let central = &scenario.central;
         let per_step = (central.batch_size * scenario.training.block_tokens as usize) as u64;
         let clip = scenario.training.gradient_clip;

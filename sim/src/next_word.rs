@@ -62,8 +62,7 @@ pub fn of_values(
     name: &str,
     values: Option<Vec<f32>>,
 ) -> Pending<NextWord> {
-    let (base, layout, name) =
-        (Arc::clone(&experiment.base), experiment.layout.clone(), name.to_owned());
+    let (base, layout, name) = (Arc::clone(&experiment.base), experiment.layout.clone(), name.to_owned());
     let blocks = (Arc::clone(&experiment.eval_blocks), Arc::clone(&experiment.heldout_blocks));
     pool.submit(move |_| {
         let model = match values {
@@ -206,7 +205,8 @@ mod tests {
         check([guess(3, space), guess(0, letter), guess(5, space)], 0.0, 0.0);
         check([guess(0, space), guess(1, letter), guess(0, space)], 0.0, 0.0);
         check([guess(0, space), guess(0, letter), guess(5, letter)], 0.0, 0.0);
-        let found = recall(&tokenizer, std::slice::from_ref(&block), &[vec![guess(0, 0), guess(2, 0), guess(3, 0)]]);
+        let found =
+            recall(&tokenizer, std::slice::from_ref(&block), &[vec![guess(0, 0), guess(2, 0), guess(3, 0)]]);
         assert!((found.token_top1 - 1.0 / 3.0).abs() < 1e-12 && (found.token_top3 - 2.0 / 3.0).abs() < 1e-12);
     }
 }

@@ -118,13 +118,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let secure_aggregation = is_secure.then(|| SecureReport::of(&trained.rounds));
     let report = Report {
         version: env!("CARGO_PKG_VERSION").into(),
-        model: ModelReport {
-            name: experiment.base.config.name.clone(),
-            sha256: experiment.base_digest.hex(),
-            parameters: experiment.base.parameter_count(),
-            trainable: experiment.layout.len() as u64,
-            trains: scenario.model.trains.clone(),
-        },
+        model: model_report(&experiment, &scenario),
         data: data_report(&experiment, &scenario),
         seed: args.seed,
         scenario: serde_json::to_value(&scenario)?,
@@ -334,7 +328,11 @@ fn release_report(pool: &Pool, experiment: &Experiment, outcome: &FleetOutcome) 
         let (before, after) = (Engine::new(base), Engine::new(Arc::clone(&released.base)));
         let sample = |prompt: &&str| -> Result<Sample> {
             let said = continuation(&after, released.adapter.as_ref(), prompt)?;
-            Ok(Sample { prompt: (*prompt).into(), base: continuation(&before, None, prompt)?, released: said })
+            Ok(Sample {
+                prompt: (*prompt).into(),
+                base: continuation(&before, None, prompt)?,
+                released: said,
+            })
         };
         Ok(ReleaseReport {
             version: manifest.version,
@@ -368,6 +366,16 @@ fn continuation(engine: &Engine, adapter: Option<&Adapter>, prompt: &str) -> Res
     let mut sequence = sequence(engine, adapter)?;
     let answer = generate(engine, &mut sequence, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
     Ok(base.tokenizer.decode(&answer))
+}
+
+fn model_report(experiment: &Experiment, scenario: &Scenario) -> ModelReport {
+    ModelReport {
+        name: experiment.base.config.name.clone(),
+        sha256: experiment.base_digest.hex(),
+        parameters: experiment.base.parameter_count(),
+        trainable: experiment.layout.len() as u64,
+        trains: scenario.model.trains.clone(),
+    }
 }
 
 fn data_report(experiment: &Experiment, scenario: &Scenario) -> DataReport {

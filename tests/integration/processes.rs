@@ -1,6 +1,7 @@
 //! Real processes over loopback gRPC: a coordinator and its devices, killed and started again.
 
 mod fleet;
+mod full;
 mod full_disk;
 mod hostile;
 mod killed;

@@ -192,8 +192,10 @@ impl FullLayout {
     /// The hashed text. Sizes follow from it, and so does every value's place; the name and the context length of the
     /// model do not count.
     fn description(&self) -> String {
-        let ModelConfig { vocab_size, hidden, layers, feed_forward, heads, kv_heads, head_dim, .. } = &self.config;
-        let mut text = format!("fleetune-full-layout-v1\nvocab {vocab_size}\nhidden {hidden}\nlayers {layers}\n");
+        let ModelConfig { vocab_size, hidden, layers, feed_forward, heads, kv_heads, head_dim, .. } =
+            &self.config;
+        let mut text =
+            format!("fleetune-full-layout-v1\nvocab {vocab_size}\nhidden {hidden}\nlayers {layers}\n");
         let _ = writeln!(text, "feed_forward {feed_forward}\nheads {heads} {kv_heads} {head_dim}");
         let (rope, eps) = (self.config.rope_base.to_bits(), self.config.rms_eps.to_bits());
         let _ = writeln!(text, "rope_base {rope:08x}\nrms_eps {eps:08x}");

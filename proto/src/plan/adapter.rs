@@ -55,7 +55,10 @@ fn parse_full(wire: &wire::AdapterPlan) -> Result<TrainedShape, WireError> {
     if none {
         Ok(TrainedShape::Full)
     } else {
-        Err(WireError::invalid("plan.adapter.kind", "all weights are trained, and yet an adapter is described"))
+        Err(WireError::invalid(
+            "plan.adapter.kind",
+            "all weights are trained, and yet an adapter is described",
+        ))
     }
 }
 
@@ -103,7 +106,8 @@ mod tests {
     #[test]
     fn a_lora_plan_is_the_bytes_it_was() {
         let adapter = to_wire(&plan().adapter).encode_to_vec();
-        let expected = "08081500008041" .to_owned() + "1a0171" + "1a0176" + "2807" + "3220" + &"03".repeat(32) + "3804";
+        let expected =
+            "08081500008041".to_owned() + "1a0171" + "1a0176" + "2807" + "3220" + &"03".repeat(32) + "3804";
         assert_eq!(hex::encode(adapter), expected);
     }
 

@@ -8,8 +8,8 @@ mod plot;
 mod text;
 
 use super::{LocalOnlyReport, PrivacyReport, ReleaseReport, Report, Sample, words};
-use lines::Scope;
 use crate::next_word::{NextWord, Recall};
+use lines::Scope;
 use text::{escape, folded, table};
 
 const STYLE: &str = include_str!("html/page.css");

@@ -84,7 +84,9 @@ fn next_word(report: &Report) -> Vec<String> {
     };
     let columns = || ["token", "in 3", "word", "in 3"].map(str::to_owned);
     let mut lines = vec![String::new(), line("first guess, seen | held-out", columns(), columns())];
-    lines.extend(report.next_word.iter().map(|row| line(&plain(&row.model), recall(&row.seen), recall(&row.heldout))));
+    lines.extend(
+        report.next_word.iter().map(|row| line(&plain(&row.model), recall(&row.seen), recall(&row.heldout))),
+    );
     lines
 }
 
@@ -160,7 +162,13 @@ mod tests {
     #[test]
     fn the_figures_of_keyboards_stand_below_each_other() {
         let mut report = sample::report();
-        let seen = Recall { token_top1: 0.25, token_top3: 0.4, word_top1: 0.125, word_top3: 0.25, ..Recall::default() };
+        let seen = Recall {
+            token_top1: 0.25,
+            token_top3: 0.4,
+            word_top1: 0.125,
+            word_top3: 0.25,
+            ..Recall::default()
+        };
         report.next_word = vec![NextWord { model: "bigrams".into(), seen, heldout: seen }];
         let table = table(&report);
         let line = table.lines().find(|line| line.starts_with("bigrams")).expect("a line");

@@ -88,11 +88,15 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use crate::{experiment::EMBEDDED_BASE, scenario::Scenario};
-    use fleetune_model::{base::BaseModel, trained::{TrainedConfig, TrainedLayout}};
+    use fleetune_model::{
+        base::BaseModel,
+        trained::{TrainedConfig, TrainedLayout},
+    };
 
     #[test]
     fn the_next_word_model_has_the_size_of_a_keyboards() {
-        let scenario = Scenario::from_toml("next_word", include_str!("../../scenarios/next_word.toml")).unwrap();
+        let scenario =
+            Scenario::from_toml("next_word", include_str!("../../scenarios/next_word.toml")).unwrap();
         let embedded = BaseModel::from_gguf_bytes(EMBEDDED_BASE).unwrap();
         let (base, digest) = scenario.model.fresh(&embedded, 1).unwrap();
         assert_eq!(base.sha256, digest.sha256);

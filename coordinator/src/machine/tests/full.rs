@@ -66,7 +66,11 @@ fn all_weights_are_trained_with_privacy_too() {
     assert!(vector >= dimension && plan.privacy_plan().is_some());
     let manifest = &world.core.release().unwrap().manifest;
     assert!(manifest.privacy_statement.contains("epsilon"), "{}", manifest.privacy_statement);
-    let moved = world.progress().adapter.iter().zip(world.core.tasks[&name("lora")].layout.initial_values(&world.base));
+    let moved = world
+        .progress()
+        .adapter
+        .iter()
+        .zip(world.core.tasks[&name("lora")].layout.initial_values(&world.base));
     assert!(moved.filter(|(now, before)| **now != *before).count() > dimension / 2);
 }
 
