@@ -574,6 +574,9 @@ mod tests {
         let better = Scenario::from_toml("scenarios/smollm2_private.toml", better).unwrap();
         let (z, reference) = (better.imagined().unwrap().unwrap(), private.imagined().unwrap().unwrap());
         assert_eq!((z.cohort, z.delta, better.privacy.epsilon), (reference.cohort, reference.delta, 2.0));
+        let further = include_str!("../scenarios/next_word_pretrained.toml");
+        let further = Scenario::from_toml("scenarios/next_word_pretrained.toml", further).unwrap();
+        assert!(further.trained(1).unwrap() == TrainedConfig::Full && !further.model.fresh);
     }
 
     #[test]
@@ -586,6 +589,7 @@ mod tests {
         check("[fleet]\ncohort = 4\nreports_min = 5", "fleet.reports_min");
         check("[server]\noptimizer = \"adam\"", "server.optimizer");
         check("[aggregation]\nprotocol = \"secagg\"", "aggregation.protocol");
+        check("[model]\ntrains = \"head\"", "model.trains");
         check("[adapter]\ntargets = [\"head\"]", "adapter.targets");
         check("rounds = ", "x.toml");
     }
