@@ -332,7 +332,7 @@ fn the_last_round_given_up_still_publishes_the_release() {
     assert!(failure(&world.records()[0]).ends_with(GIVEN_UP));
     let release = world.core.release().unwrap();
     assert_eq!(release.version(), 1);
-    assert!(world.blobs.contains_key(&release.manifest.adapter));
+    assert!(world.blobs.contains_key(&release.manifest.trained()));
     assert!(world.events.contains(&CoreEvent::TaskFinished { task: name("lora") }));
     world.run_until(|world| {
         world.actors[3..].iter().all(|actor| actor.events.contains(&Event::ReleaseActive(1)))
