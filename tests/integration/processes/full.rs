@@ -105,7 +105,7 @@ fn devices_that_train_all_weights_equal_the_simulator_and_run_the_model() {
     let exact = experiment.layout.model(&experiment.base, values).expect("finite values");
     let nll = |model: &BaseModel| evaluate(model, None, &blocks).expect("blocks that fit").nll;
     let (released, trained, start) = (nll(&installed.base), nll(&exact.base), nll(&experiment.base));
-    assert!((released - trained).abs() < 0.02, "eight bits cost little: {released} {trained}");
-    assert!((trained - start).abs() > 0.02, "training moved it: {trained} {start}");
+    assert!((released - trained).abs() < 0.002, "eight bits cost little: {released} {trained}");
+    assert!(trained < start - 0.001, "training moved it: {trained} {start}");
     assert!(!site.generate(2, "My lord,").is_empty());
 }
