@@ -11,15 +11,16 @@ use fleetune_model::family::Family;
 use fleetune_model::full::FullTrainer;
 use fleetune_model::gguf::Metadata;
 use fleetune_model::tokenizer::{SpecialTokens, train_bpe};
+use fleetune_model::trained::{TrainedConfig, TrainedLayout};
 use fleetune_model::weights::WeightFormat;
 use fleetune_privacy::ClippingNorm;
 use fleetune_proto::{
-    AdapterPlan, AggregationPlan, AggregationProtocol, Digest, Name, Optimizer, ReleaseManifest, TaskPlan,
-    TrainingPlan, TrustRoot, UnixMillis,
+    AdapterPlan, AggregationPlan, AggregationProtocol, Digest, LoraShape, Name, Optimizer, ReleaseManifest,
+    TaskPlan, TrainedShape, TrainingPlan, TrustRoot, UnixMillis,
 };
 use fleetune_secagg::RingBits;
 
-use crate::training::lora_config;
+use crate::training::trained_config;
 
 pub(crate) const BLOCK_TOKENS: u32 = 16;
 
@@ -68,16 +69,27 @@ pub(crate) fn name(text: &str) -> Name {
 }
 
 pub(crate) fn layout(base: &BaseModel) -> Arc<AdapterLayout> {
-    Arc::new(AdapterLayout::new(&base.config, &lora_config(&adapter_plan()).unwrap()).unwrap())
+    match TrainedLayout::new(base, &trained_config(&adapter_plan()).unwrap()).unwrap() {
+        TrainedLayout::Lora(layout) => layout,
+        TrainedLayout::Full(_) => unreachable!("the plan is an adapter's"),
+    }
+}
+
+/// All weights of that base.
+pub(crate) fn full_plan(base: &BaseModel) -> AdapterPlan {
+    let layout = TrainedLayout::new(base, &TrainedConfig::Full).unwrap();
+    AdapterPlan { shape: TrainedShape::Full, layout_sha256: layout.sha256(), dimension: layout.len() }
 }
 
 fn adapter_plan() -> AdapterPlan {
     AdapterPlan {
-        rank: 2,
-        alpha: 4.0,
-        targets: vec!["q".into(), "v".into()],
-        freeze_a: false,
-        init_seed: 5,
+        shape: TrainedShape::Lora(LoraShape {
+            rank: 2,
+            alpha: 4.0,
+            targets: vec!["q".into(), "v".into()],
+            freeze_a: false,
+            init_seed: 5,
+        }),
         layout_sha256: [0; 32],
         dimension: 1,
     }
@@ -130,7 +142,7 @@ pub(crate) fn manifest(version: u64, adapter: &[u8]) -> ReleaseManifest {
         version,
         task: name("lora"),
         base_model: Digest::of(&BASE),
-        adapter: Digest::of(adapter),
+        adapter: Some(Digest::of(adapter)),
         rounds: 3,
         created: UnixMillis(version),
         expires: UnixMillis(u64::MAX),

@@ -92,10 +92,10 @@ pub struct ReleaseVersions {
 pub struct ReleasedModel {
     /// What was signed.
     pub manifest: ReleaseManifest,
-    /// The quantized base.
+    /// The quantized base; without an adapter the fully trained model.
     pub base: Arc<BaseModel>,
-    /// The adapter beside it; the two are never merged.
-    pub adapter: Adapter,
+    /// The adapter beside it; the two are never merged. None when all weights were trained.
+    pub adapter: Option<Adapter>,
 }
 
 /// The releases of one device.
@@ -161,7 +161,7 @@ impl ReleaseSlots {
         let mut keep: BTreeSet<Digest> = needed.iter().copied().collect();
         for version in kept {
             let manifest = self.manifest(version)?;
-            keep.extend([manifest.base_model, manifest.adapter]);
+            keep.extend(manifest.blobs());
         }
         self.blobs.retain(&keep)
     }
@@ -234,10 +234,15 @@ impl ReleaseSlots {
             let reason = format!("the bytes have SHA-256 {}", hex::encode(base.sha256));
             return Err(StoreError::damaged(&path, reason).into());
         }
-        let bytes = self.blobs.read(manifest.adapter)?;
-        let adapter =
-            from_gguf_lora(&bytes, &base).map_err(|source| ReleaseError::Adapter { version, source })?;
-        check_answer(version, &base, &adapter)?;
+        let adapter = match manifest.adapter {
+            Some(adapter) => {
+                let bytes = self.blobs.read(adapter)?;
+                let adapter = from_gguf_lora(&bytes, &base);
+                Some(adapter.map_err(|source| ReleaseError::Adapter { version, source })?)
+            }
+            None => None,
+        };
+        check_answer(version, &base, adapter.as_ref())?;
         Ok(ReleasedModel { manifest, base: Arc::new(base), adapter })
     }
 
@@ -247,10 +252,10 @@ impl ReleaseSlots {
 }
 
 /// One token through the whole model: weights that give no numbers are found before they serve.
-fn check_answer(version: u64, base: &BaseModel, adapter: &Adapter) -> Result<(), ReleaseError> {
+fn check_answer(version: u64, base: &BaseModel, adapter: Option<&Adapter>) -> Result<(), ReleaseError> {
     let refused = |reason: String| ReleaseError::SelfCheck { version, reason };
     let first = base.tokenizer.bos().unwrap_or(0);
-    let logits = last_logits(base, Some(adapter), &[first]).map_err(|e| refused(e.to_string()))?;
+    let logits = last_logits(base, adapter, &[first]).map_err(|e| refused(e.to_string()))?;
     match logits.iter().position(|logit| !logit.is_finite()) {
         Some(token) => Err(refused(format!("the logit of token {token} is {}", logits[token]))),
         None => Ok(()),

@@ -5,44 +5,45 @@
 
 use std::sync::Arc;
 
-use fleetune_model::adapter::{Adapter, AdapterLayout, LoraConfig};
+use fleetune_model::adapter::LoraConfig;
 use fleetune_model::base::BaseModel;
 use fleetune_model::config::Projection;
 use fleetune_model::optim::AdamWConfig;
 use fleetune_model::train::{
-    LocalTraining, LoraTrainer, OptimizerConfig, Schedule, TrainError, TrainSummary, TrainerOptions, Watch,
+    LocalTraining, OptimizerConfig, Schedule, TrainError, TrainSummary, Trainer, TrainerOptions, Watch,
     fine_tune,
 };
+use fleetune_model::trained::{TrainedConfig, TrainedLayout};
 use fleetune_proto::device::{TrainOrder, TrainingFailure};
-use fleetune_proto::{AdapterPlan, Optimizer, TaskPlan, TrainingPlan};
+use fleetune_proto::{AdapterPlan, LoraShape, Optimizer, TaskPlan, TrainedShape, TrainingPlan};
 use sha2::{Digest, Sha256};
 
 /// What one local training gives: the update that leaves the device only clipped and encoded, and
 /// figures that stay.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LocalUpdate {
-    /// Final minus initial adapter values, in the order of the plan's layout.
+    /// Final minus initial values, in the order of the plan's layout.
     pub delta: Vec<f32>,
     /// How training went. Derived from private data.
     pub summary: TrainSummary,
 }
 
-/// Trains adapters of one plan over one base. Without budgets the result follows from the inputs and the precision
-/// alone; a memory budget may change its last bits, a time budget the number of steps.
+/// Trains what one plan says, an adapter or all weights, from one base. Without budgets the result follows from the
+/// inputs and the precision alone; a memory budget may change its last bits, a time budget the number of steps.
 #[derive(Debug)]
 pub struct LocalTrainer {
-    layout: Arc<AdapterLayout>,
+    layout: TrainedLayout,
     training: LocalTraining,
     examples_min: usize,
-    trainer: LoraTrainer,
+    trainer: Box<dyn Trainer>,
 }
 
 impl LocalTrainer {
-    /// A trainer for the plan's adapter over `base`.
+    /// A trainer for what the plan trains of `base`.
     ///
     /// # Errors
-    /// [`TrainingFailure::PlanRejected`] when the base is not the plan's, or the adapter's layout, its
-    /// dimension or the block length is not what the plan says it is.
+    /// [`TrainingFailure::PlanRejected`] when the base is not the plan's, or the layout, its dimension
+    /// or the block length is not what the plan says it is.
     pub fn new(base: Arc<BaseModel>, plan: &TaskPlan) -> Result<Self, TrainingFailure> {
         Self::with_options(base, plan, TrainerOptions::default())
     }
@@ -58,13 +59,13 @@ impl LocalTrainer {
     ) -> Result<Self, TrainingFailure> {
         check_base(&base, plan)?;
         let layout = planned_layout(&base, &plan.adapter)?;
-        let trainer = LoraTrainer::new(base, Arc::clone(&layout), options).map_err(|e| rejected(&e))?;
+        let trainer = layout.trainer(&base, options).map_err(|e| rejected(&e))?;
         let examples_min = plan.training.examples_min.max(1) as usize;
         Ok(Self { layout, training: local_training(&plan.training), examples_min, trainer })
     }
 
-    /// Trains from `checkpoint` (the adapter's checkpoint bytes) on `blocks` of token ids. `watch` is
-    /// asked whether to stop before every optimizer step and within it.
+    /// Trains from `checkpoint` (its bytes) on `blocks` of token ids. `watch` is asked whether to stop before every
+    /// optimizer step and within it.
     ///
     /// # Errors
     /// [`TrainingFailure::PlanRejected`] for a checkpoint of another layout, `InsufficientData` for fewer
@@ -81,21 +82,20 @@ impl LocalTrainer {
         if blocks.len() < self.examples_min {
             return Err(TrainingFailure::InsufficientData { held: blocks.len(), needed: self.examples_min });
         }
-        let start =
-            Adapter::from_checkpoint_bytes(Arc::clone(&self.layout), checkpoint).map_err(|e| rejected(&e))?;
-        let mut values = start.values.clone();
+        let start = self.layout.values_from_checkpoint(checkpoint).map_err(|e| rejected(&e))?;
+        let mut values = start.clone();
         let seed = batch_seed(device_seed, order);
         let learning_rate = order.plan.training.learning_rate_at(order.round, order.plan.rounds);
         let training = LocalTraining { learning_rate, ..self.training.clone() };
-        let summary = fine_tune(&mut self.trainer, &mut values, blocks, &training, seed, watch)
+        let summary = fine_tune(self.trainer.as_mut(), &mut values, blocks, &training, seed, watch)
             .map_err(|error| self.failure(&error))?;
-        values.iter_mut().zip(&start.values).for_each(|(value, start)| *value -= start);
+        values.iter_mut().zip(&start).for_each(|(value, start)| *value -= start);
         Ok(LocalUpdate { delta: values, summary })
     }
 
-    /// The adapter's layout.
+    /// The layout of what is trained.
     #[must_use]
-    pub fn layout(&self) -> &Arc<AdapterLayout> {
+    pub fn layout(&self) -> &TrainedLayout {
         &self.layout
     }
 
@@ -110,18 +110,23 @@ impl LocalTrainer {
             TrainError::Input(_)
             | TrainError::NonFinite { .. }
             | TrainError::Device { .. }
-            | TrainError::NoClock => {
-                TrainingFailure::Failed(error.to_string())
-            }
+            | TrainError::NoClock => TrainingFailure::Failed(error.to_string()),
         }
     }
 }
 
-/// The plan's LoRA settings.
+/// What the plan trains.
 ///
 /// # Errors
 /// [`TrainingFailure::PlanRejected`] for a projection this build does not know.
-pub fn lora_config(plan: &AdapterPlan) -> Result<LoraConfig, TrainingFailure> {
+pub fn trained_config(plan: &AdapterPlan) -> Result<TrainedConfig, TrainingFailure> {
+    match &plan.shape {
+        TrainedShape::Lora(shape) => lora_config(shape).map(TrainedConfig::Lora),
+        TrainedShape::Full => Ok(TrainedConfig::Full),
+    }
+}
+
+fn lora_config(plan: &LoraShape) -> Result<LoraConfig, TrainingFailure> {
     let target = |name: &String| {
         let unknown = || TrainingFailure::PlanRejected(format!("unknown projection {name:?}"));
         Projection::from_name(name).ok_or_else(unknown)
@@ -185,16 +190,16 @@ fn check_base(base: &BaseModel, plan: &TaskPlan) -> Result<(), TrainingFailure> 
     Ok(())
 }
 
-fn planned_layout(base: &BaseModel, plan: &AdapterPlan) -> Result<Arc<AdapterLayout>, TrainingFailure> {
-    let layout = AdapterLayout::new(&base.config, &lora_config(plan)?).map_err(|e| rejected(&e))?;
+fn planned_layout(base: &BaseModel, plan: &AdapterPlan) -> Result<TrainedLayout, TrainingFailure> {
+    let layout = TrainedLayout::new(base, &trained_config(plan)?).map_err(|e| rejected(&e))?;
     if layout.len() != plan.dimension {
-        let problem = format!("an adapter of {} values, its layout has {}", plan.dimension, layout.len());
+        let problem = format!("a vector of {} values, its layout has {}", plan.dimension, layout.len());
         return Err(TrainingFailure::PlanRejected(problem));
     }
     if layout.sha256() != plan.layout_sha256 {
-        return Err(TrainingFailure::PlanRejected("the adapter's layout has another hash here".to_owned()));
+        return Err(TrainingFailure::PlanRejected("the layout has another hash here".to_owned()));
     }
-    Ok(Arc::new(layout))
+    Ok(layout)
 }
 
 fn rejected(error: &dyn std::error::Error) -> TrainingFailure {

@@ -367,6 +367,8 @@ mod tests {
         check(&format!("{LEAST}\n[uploads]\nslots = 0"), "uploads.slots: at least 1");
         check(&LEAST.replace("base.gguf\"", "b\"\nadapter.targets = [\"head\"]"), "adapter.targets");
         check(&LEAST.replace("base.gguf\"", "b\"\nadapter.wrong = 1"), "unknown field `wrong`");
+        check(&LEAST.replace("base.gguf\"", "b\"\ntrains = \"head\""), "task sample-task: trains: \"head\"");
+        check(&LEAST.replace("base.gguf\"", "b\"\nrelease_format = \"q4_0\""), "release_format: \"q4_0\"");
         check(
             &LEAST.replace("base.gguf\"", "b\"\naggregation.protocol = \"secagg\""),
             "aggregation.protocol",

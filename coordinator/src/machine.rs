@@ -301,7 +301,7 @@ impl Core {
         let (round, checkpoint, finished) = (task.progress.round, task.checkpoint, !task.is_active());
         self.events.push(CoreEvent::Committed { task: name.clone(), round, checkpoint });
         if let Some(release) = release {
-            let (version, adapter) = (release.version(), release.manifest.adapter);
+            let (version, adapter) = (release.version(), release.manifest.trained());
             self.events.push(CoreEvent::ReleasePublished { task: name.clone(), version, adapter });
             self.offer_release(release);
         }

@@ -1,10 +1,14 @@
 //! How well a model, with or without an adapter, predicts given text. One thread; no gradients.
 
+mod guess;
+
 use crate::adapter::Adapter;
 use crate::base::BaseModel;
 use crate::batch::{Batch, InputError, check_ids};
 use crate::decoder::Decoder;
 use crate::kernels::scratch::buffer;
+
+pub use guess::{Guess, guesses};
 
 /// Tokens that run through the layers together.
 const GROUP_TOKENS: usize = 1024;

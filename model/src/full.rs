@@ -1,7 +1,10 @@
-//! Full training of a small model with a tied output: every weight is a value of one flat vector.
+//! Full training of a small model with a tied output: every weight is a value of one flat vector, laid out in
+//! `full/layout.rs`.
 //!
 //! The batch is split over threads by whole sequences; their gradients are summed in a fixed order, so that
 //! the result is the same at each run with the same number of threads.
+
+mod layout;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,12 +13,11 @@ use burn::tensor::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::base::{BaseModel, LayerExtras, LayerWeights, ModelParts};
+use crate::base::BaseModel;
 use crate::batch::{Batch, InputError};
 use crate::config::{ModelConfig, Projection};
 use crate::decoder::{Rest, heads, rope_tables, weight_gradient};
 use crate::error::ModelError;
-use crate::family::Family;
 use crate::kernels::activation::add;
 use crate::kernels::bf16::Precision;
 use crate::kernels::extras::Extras;
@@ -28,76 +30,25 @@ use crate::kernels::rope::RopeTable;
 use crate::kernels::scratch::{self, Pool};
 use crate::ops::{self, HeadSource, LayerSource, LossTargets};
 use crate::tokenizer::Tokenizer;
-use crate::train::{TrainError, check_len, copy_gradient, leaf};
-use crate::weights::{WeightFormat, WeightMatrix};
+use crate::train::{TrainError, Trainer, check_len, copy_gradient, leaf};
+use crate::weights::WeightFormat;
+
+pub use layout::{FULL_VALUES_MAX, FullLayout};
 
 /// Standard deviation of the first weights, as in GPT-2.
 const INITIAL_DEVIATION: f64 = 0.02;
 
-/// Where each weight lies: token embedding, final norm, then each layer's two norms and seven projections.
-#[derive(Debug, Clone)]
-pub(crate) struct FullLayout {
-    config: ModelConfig,
-}
-
-/// One layer's parts, relative to the layer's slice.
-struct LayerParts {
-    attn_norm: Range<usize>,
-    ffn_norm: Range<usize>,
-    projections: [Range<usize>; 7],
-    len: usize,
-}
-
-impl FullLayout {
-    fn embedding(&self) -> Range<usize> {
-        0..self.config.vocab_size * self.config.hidden
-    }
-
-    fn output_norm(&self) -> Range<usize> {
-        let start = self.embedding().end;
-        start..start + self.config.hidden
-    }
-
-    /// Embedding and final norm together: what the first and the last operation share.
-    fn outer(&self) -> Range<usize> {
-        0..self.output_norm().end
-    }
-
-    fn layer(&self, index: usize) -> Range<usize> {
-        let (first, len) = (self.outer().end, self.parts().len);
-        first + index * len..first + (index + 1) * len
-    }
-
-    fn len(&self) -> usize {
-        self.layer(self.config.layers).start
-    }
-
-    fn parts(&self) -> LayerParts {
-        let mut end = 0;
-        let mut next = |len: usize| {
-            end += len;
-            end - len..end
-        };
-        let (attn_norm, ffn_norm) = (next(self.config.hidden), next(self.config.hidden));
-        let projections = Projection::ALL.map(|p| {
-            let (rows, cols) = p.shape(&self.config);
-            next(rows * cols)
-        });
-        LayerParts { attn_norm, ffn_norm, projections, len: end }
-    }
-}
-
 /// A layer and a head of which everything is trained.
 #[derive(Debug)]
 struct TrainedSource {
-    layout: FullLayout,
+    layout: Arc<FullLayout>,
     rope: Arc<RopeTable>,
     precision: Precision,
 }
 
 impl LayerSource for TrainedSource {
     fn layer<'a>(&'a self, theta: &'a [f32]) -> Layer<'a> {
-        let (config, parts) = (&self.layout.config, self.layout.parts());
+        let (config, parts) = (self.layout.config(), self.layout.parts());
         let norm = |range: &Range<usize>| Norm { gain: &theta[range.clone()], eps: config.rms_eps };
         Layer {
             heads: heads(config, 0),
@@ -134,7 +85,7 @@ impl LayerSource for TrainedSource {
 
 impl HeadSource for TrainedSource {
     fn head<'a>(&'a self, theta: &'a [f32]) -> Head<'a> {
-        let config = &self.layout.config;
+        let config = self.layout.config();
         let values = &theta[self.layout.embedding()];
         Head {
             norm: Norm { gain: &theta[self.layout.output_norm()], eps: config.rms_eps },
@@ -162,6 +113,8 @@ struct Shard {
 #[derive(Debug)]
 pub struct FullTrainer {
     source: Arc<TrainedSource>,
+    /// Of the longest batch so far.
+    positions: usize,
     shards: Vec<Shard>,
     device: Device,
 }
@@ -184,27 +137,22 @@ impl FullTrainer {
         threads: usize,
         precision: Precision,
     ) -> Result<Self, ModelError> {
-        if config.family != Family::Llama {
-            return Err(ModelError::Unsupported {
-                key: "family".to_owned(),
-                found: config.family.architecture().to_owned(),
-                reason: "only llama is trained in full; adapters can be trained for the others".to_owned(),
-            });
-        }
-        let layout = FullLayout { config: config.validated()? };
-        let rope = Arc::clone(&rope_tables(&layout.config, 0, layout.config.context_length)[0]);
+        Ok(Self::of_layout(Arc::new(FullLayout::new(config)?), threads, precision))
+    }
+
+    /// A trainer of the values of that layout.
+    #[must_use]
+    pub fn of_layout(layout: Arc<FullLayout>, threads: usize, precision: Precision) -> Self {
+        let rope = Arc::clone(&rope_tables(layout.config(), 0, 0)[0]);
         let shards = (0..threads.max(1)).map(|_| Shard::default()).collect();
-        Ok(Self {
-            source: Arc::new(TrainedSource { layout, rope, precision }),
-            shards,
-            device: Device::flex().autodiff(),
-        })
+        let device = Device::flex().autodiff();
+        Self { source: Arc::new(TrainedSource { layout, rope, precision }), positions: 0, shards, device }
     }
 
     /// The model's sizes.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
-        &self.source.layout.config
+        self.source.layout.config()
     }
 
     /// Values in the flat vector.
@@ -221,11 +169,11 @@ impl FullTrainer {
         let mut normal = Normal { rng: ChaCha8Rng::seed_from_u64(seed), spare: None };
         let mut values = vec![1f32; layout.len()];
         normal.fill(&mut values[layout.embedding()], INITIAL_DEVIATION);
-        for index in 0..layout.config.layers {
+        for index in 0..layout.config().layers {
             let layer = &mut values[layout.layer(index)];
             for p in Projection::ALL {
                 let ends_branch = matches!(p, Projection::O | Projection::Down);
-                let divisor = if ends_branch { (2.0 * layout.config.layers as f64).sqrt() } else { 1.0 };
+                let divisor = if ends_branch { (2.0 * layout.config().layers as f64).sqrt() } else { 1.0 };
                 normal.fill(&mut layer[parts.projections[p as usize].clone()], INITIAL_DEVIATION / divisor);
             }
         }
@@ -297,48 +245,37 @@ impl FullTrainer {
         tokenizer: Tokenizer,
         format: WeightFormat,
     ) -> Result<BaseModel, ModelError> {
-        let (layout, parts) = (&self.source.layout, self.source.layout.parts());
-        let config = &layout.config;
-        let matrix = |name: String, values: &[f32], (rows, cols)| {
-            WeightMatrix::from_f32(values, rows, cols, format)
-                .map_err(|source| ModelError::Weights { tensor: name, source })
-        };
-        let layer = |index: usize| -> Result<LayerWeights, ModelError> {
-            let theta = &parameters[layout.layer(index)];
-            let mut projections = Vec::with_capacity(7);
-            for p in Projection::ALL {
-                let name = format!("blk.{index}.{}.weight", p.gguf_name());
-                projections.push(matrix(
-                    name,
-                    &theta[parts.projections[p as usize].clone()],
-                    p.shape(config),
-                )?);
-            }
-            let Ok(projections) = projections.try_into() else {
-                unreachable!("seven projections give seven matrices")
-            };
-            let (attn_norm, ffn_norm) =
-                (theta[parts.attn_norm.clone()].to_vec(), theta[parts.ffn_norm.clone()].to_vec());
-            Ok(LayerWeights { attn_norm, ffn_norm, projections, extras: LayerExtras::default() })
-        };
-        BaseModel::from_parts(ModelParts {
-            config: config.clone(),
-            tokenizer,
-            token_embedding: matrix(
-                "token_embd.weight".to_owned(),
-                &parameters[layout.embedding()],
-                (config.vocab_size, config.hidden),
-            )?,
-            layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
-            output_norm: parameters[layout.output_norm()].to_vec(),
-            output: None,
-            chat_template: None,
-        })
+        self.source.layout.to_base(parameters, tokenizer, None, format)
     }
 
-    fn check(&self, parameters: &[f32], batch: &Batch) -> Result<(), InputError> {
+    fn check(&mut self, parameters: &[f32], batch: &Batch) -> Result<(), InputError> {
         check_len("parameters", self.parameter_count(), parameters.len())?;
-        batch.check(self.config().vocab_size, self.config().context_length)
+        batch.check(self.config().vocab_size, self.config().context_length)?;
+        if batch.length > self.positions {
+            let layout = Arc::clone(&self.source.layout);
+            let rope = Arc::clone(&rope_tables(layout.config(), 0, batch.length)[0]);
+            self.source = Arc::new(TrainedSource { layout, rope, precision: self.source.precision });
+            self.positions = batch.length;
+        }
+        Ok(())
+    }
+}
+
+impl Trainer for FullTrainer {
+    fn loss_and_gradient(
+        &mut self,
+        values: &[f32],
+        batch: &Batch,
+        gradient: &mut [f32],
+    ) -> Result<f32, TrainError> {
+        Self::loss_and_gradient(self, values, batch, gradient)
+    }
+}
+
+impl Drop for FullTrainer {
+    /// A phone wants its memory back when training ends.
+    fn drop(&mut self) {
+        scratch::release_pool();
     }
 }
 
@@ -375,11 +312,11 @@ fn shard_gradient(
 ) -> f32 {
     let layout = &source.layout;
     let outer = leaf(&parameters[layout.outer()], device).require_grad();
-    let shape = [batch.sequences, batch.length, layout.config.hidden];
+    let shape = [batch.sequences, batch.length, layout.config().hidden];
     let mut x = ops::embedding(outer.clone(), batch.inputs.clone(), shape);
-    let mut thetas: Vec<Tensor<1>> = Vec::with_capacity(layout.config.layers);
+    let mut thetas: Vec<Tensor<1>> = Vec::with_capacity(layout.config().layers);
     let layer: Arc<dyn LayerSource> = Arc::<TrainedSource>::clone(source);
-    for index in 0..layout.config.layers {
+    for index in 0..layout.config().layers {
         let theta = leaf(&parameters[layout.layer(index)], device).require_grad();
         x = ops::decoder_layer(x, theta.clone(), &layer);
         thetas.push(theta);
@@ -397,12 +334,12 @@ fn shard_gradient(
 
 fn shard_loss(source: &TrainedSource, parameters: &[f32], batch: &Batch, denominator: f32) -> f32 {
     let layout = &source.layout;
-    let hidden = layout.config.hidden;
+    let hidden = layout.config().hidden;
     let table = &parameters[layout.embedding()];
     let rows = batch.inputs.iter().flat_map(|id| &table[*id as usize * hidden..][..hidden]);
     let mut x: Vec<f32> = rows.copied().collect();
     let mut y = vec![0f32; x.len()];
-    for index in 0..layout.config.layers {
+    for index in 0..layout.config().layers {
         LayerSource::layer(source, &parameters[layout.layer(index)]).forward(&x, batch.length, Some(&mut y));
         std::mem::swap(&mut x, &mut y);
     }

@@ -19,8 +19,8 @@ use crate::adapter::{AdapterLayout, Factor};
 use crate::base::BaseModel;
 use crate::batch::{Batch, InputError};
 use crate::config::{ModelConfig, Projection};
-use crate::family::Family;
 use crate::decoder::{check_shapes, embed};
+use crate::family::Family;
 use crate::stock::{LayerFactors, LowRank, Positions, StockModel, tensor};
 use crate::train::{TrainError, Trainer, check_len};
 

@@ -43,6 +43,7 @@ pub mod optim;
 pub mod requantize;
 mod stock;
 pub mod train;
+pub mod trained;
 
 #[cfg(test)]
 mod fixtures;

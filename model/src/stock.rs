@@ -157,7 +157,7 @@ impl StockModel {
 impl StockLayer {
     fn new(weights: &LayerWeights, device: &Device) -> Self {
         // Every field by name: a new one does not compile until `layer` computes it or `generic.rs` refuses it.
-        let LayerWeights { attn_norm, ffn_norm, projections } = weights;
+        let LayerWeights { attn_norm, ffn_norm, projections, extras: _ } = weights;
         Self {
             attn_norm: vector(attn_norm, device),
             ffn_norm: vector(ffn_norm, device),

@@ -292,10 +292,10 @@ impl Device {
         (self.in_flight, self.failures) = (false, 0);
         match &mut self.state {
             State::InSession(session) => session.fetched(),
-            State::Fetching(order, digest) if *digest == order.manifest.base_model => {
-                *digest = order.manifest.adapter;
-            }
-            State::Fetching(order, _) => self.state = State::Installing(order.clone()),
+            State::Fetching(order, digest) => match order.manifest.adapter {
+                Some(adapter) if *digest != adapter => *digest = adapter,
+                Some(_) | None => self.state = State::Installing(order.clone()),
+            },
             State::Idle(_)
             | State::CheckingIn(_)
             | State::Choosing(_)

@@ -29,7 +29,8 @@ pub use limits::*;
 pub use manifest::ReleaseManifest;
 pub use name::Name;
 pub use plan::{
-    AdapterPlan, AggregationPlan, Optimizer, SecurePlan, TaskPlan, TrainingPlan, rotation_context,
+    AdapterPlan, AggregationPlan, LoraShape, Optimizer, SecurePlan, TaskPlan, TrainedShape, TrainingPlan,
+    rotation_context,
 };
 pub use policy::{PopulationPolicy, TaskOffer};
 pub use rpc::{CallFailure, FailureKind, Reaction};

@@ -12,6 +12,9 @@ pub const TASKS_MAX: usize = 64;
 pub const SIGNATURES_MAX: usize = 16;
 /// Values of an adapter: 256 Mi values are 1 GiB, past any device's adapter.
 pub const DIMENSION_MAX: u64 = 1 << 28;
+/// Values of a fully trained model: 32 Mi. Training keeps some five vectors of that length, 640 MiB; beyond it an adapter
+/// is the better choice. The same number as `fleetune_model::full::FULL_VALUES_MAX`.
+pub const FULL_DIMENSION_MAX: u64 = 1 << 25;
 /// Largest adapter rank.
 pub const RANK_MAX: u32 = 256;
 /// Optimizer steps of one local training.

@@ -10,8 +10,8 @@ use crate::{
 };
 use prost::Message;
 
-/// Base and adapter of one release. They are never merged: a merge into a 4-bit base keeps a
-/// tenth of the update.
+/// Base and adapter of one release, or one fully trained model. Base and adapter are never merged: a merge into a
+/// 4-bit base keeps a tenth of the update.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReleaseManifest {
     /// Population it is for.
@@ -20,10 +20,10 @@ pub struct ReleaseManifest {
     pub version: u64,
     /// Task that trained it.
     pub task: Name,
-    /// The quantized base model, a GGUF file.
+    /// The quantized base model, a GGUF file; without an adapter the fully trained model, whole.
     pub base_model: Digest,
-    /// The adapter, a GGUF LoRA file bound to the base.
-    pub adapter: Digest,
+    /// The adapter, a GGUF LoRA file bound to the base; absent when all weights were trained.
+    pub adapter: Option<Digest>,
     /// Rounds it was trained for.
     pub rounds: u32,
     /// When it was made.
@@ -45,13 +45,27 @@ impl ReleaseManifest {
             version: within("manifest.version", wire.version, 1..=u64::MAX)?,
             task: Name::parse("manifest.task", &wire.task)?,
             base_model: Digest::parse("manifest.base_model", wire.base_model)?,
-            adapter: Digest::parse("manifest.adapter", wire.adapter)?,
+            adapter: wire
+                .adapter
+                .map(|adapter| Digest::parse("manifest.adapter", Some(adapter)))
+                .transpose()?,
             rounds: within("manifest.rounds", wire.rounds, 1..=ROUNDS_MAX)?,
             created: UnixMillis(wire.created_unix_ms),
             expires: UnixMillis(wire.expires_unix_ms),
             privacy_statement: wire.privacy_statement,
             privacy_statement_json: wire.privacy_statement_json,
         })
+    }
+
+    /// The file that the task made: the adapter, or the model.
+    #[must_use]
+    pub fn trained(&self) -> Digest {
+        self.adapter.unwrap_or(self.base_model)
+    }
+
+    /// Every blob that a device needs to run it.
+    pub fn blobs(&self) -> impl Iterator<Item = Digest> {
+        std::iter::once(self.base_model).chain(self.adapter)
     }
 
     /// The bytes to sign.
@@ -61,7 +75,7 @@ impl ReleaseManifest {
             version: self.version,
             task: self.task.as_str().into(),
             base_model: Some(self.base_model.to_wire()),
-            adapter: Some(self.adapter.to_wire()),
+            adapter: self.adapter.map(Digest::to_wire),
             rounds: self.rounds,
             created_unix_ms: self.created.0,
             expires_unix_ms: self.expires.0,
@@ -83,7 +97,7 @@ mod tests {
             version: 3,
             task: Name::parse("t", "lora").unwrap(),
             base_model: Digest::of(b"base"),
-            adapter: Digest::of(b"adapter"),
+            adapter: Some(Digest::of(b"adapter")),
             rounds: 16,
             created: UnixMillis(1),
             expires: UnixMillis(2),
@@ -91,6 +105,9 @@ mod tests {
             privacy_statement_json: "{}".into(),
         };
         assert_eq!(ReleaseManifest::parse(&manifest.to_bytes()).unwrap(), manifest);
+        let whole = ReleaseManifest { adapter: None, ..manifest.clone() };
+        assert_eq!(ReleaseManifest::parse(&whole.to_bytes()).unwrap(), whole);
+        assert_eq!((whole.trained(), manifest.trained()), (Digest::of(b"base"), Digest::of(b"adapter")));
         manifest.version = 0;
         assert!(ReleaseManifest::parse(&manifest.to_bytes()).is_err());
     }

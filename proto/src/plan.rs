@@ -1,9 +1,10 @@
 //! A task's plan as typed values: everything a device does for a task, checked once.
 
+mod adapter;
 mod privacy;
 
 use crate::{
-    digest::{Digest, parse_sha256},
+    digest::Digest,
     error::{self, WireError, required, within},
     limits::*,
     name::Name,
@@ -21,9 +22,9 @@ pub struct TaskPlan {
     pub population: Name,
     /// The task.
     pub task: Name,
-    /// Base model that the adapter sits on.
+    /// Base model that the adapter sits on, or that training all weights starts from.
     pub base_model: Digest,
-    /// The adapter's shape.
+    /// What is trained.
     pub adapter: AdapterPlan,
     /// Local training.
     pub training: TrainingPlan,
@@ -35,9 +36,29 @@ pub struct TaskPlan {
     pub expires: UnixMillis,
 }
 
-/// Shape of a LoRA adapter (Hu et al. 2021).
+/// What is trained, and the flat vector of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPlan {
+    /// The kind.
+    pub shape: TrainedShape,
+    /// SHA-256 of the flat layout.
+    pub layout_sha256: [u8; 32],
+    /// Values in the flat vector.
+    pub dimension: usize,
+}
+
+/// An adapter or all weights.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TrainedShape {
+    /// A LoRA adapter; the base stays as it is.
+    Lora(LoraShape),
+    /// Every weight of a small model; the base says where they start.
+    Full,
+}
+
+/// Shape of a LoRA adapter (Hu et al. 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraShape {
     /// Rank of both factors.
     pub rank: u32,
     /// Scale numerator: the adapter adds `alpha / rank * B A`.
@@ -48,10 +69,6 @@ pub struct AdapterPlan {
     pub freeze_a: bool,
     /// Seed of the initial A.
     pub init_seed: u64,
-    /// SHA-256 of the flat layout.
-    pub layout_sha256: [u8; 32],
-    /// Values in the flat vector.
-    pub dimension: usize,
 }
 
 /// Local training of one round.
@@ -168,8 +185,6 @@ pub fn rotation_context(plan_sha256: &[u8; 32], round: u32) -> Vec<u8> {
     [plan_sha256.as_slice(), &round.to_le_bytes()].concat()
 }
 
-const TARGETS: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
-
 impl TaskPlan {
     /// Differential privacy and all that follows from it; none without it.
     #[must_use]
@@ -178,7 +193,7 @@ impl TaskPlan {
         Some(PrivacyPlan::new(parameters, self.adapter.dimension).expect("checked when the plan was parsed"))
     }
 
-    /// Values of a contribution: the adapter's, or those of its rotated and padded form.
+    /// Values of a contribution: those that are trained, or those of its rotated and padded form.
     #[must_use]
     pub fn vector_len(&self) -> usize {
         self.privacy_plan().map_or(self.adapter.dimension, |plan| plan.vector_len())
@@ -191,7 +206,7 @@ impl TaskPlan {
             population: Name::parse("plan.population", &wire.population)?,
             task: Name::parse("plan.task", &wire.task)?,
             base_model: Digest::parse("plan.base_model", wire.base_model)?,
-            adapter: parse_adapter(required("plan.adapter", wire.adapter)?)?,
+            adapter: adapter::parse(required("plan.adapter", wire.adapter)?)?,
             training: parse_training(&required("plan.training", wire.training)?)?,
             aggregation: parse_aggregation(&required("plan.aggregation", wire.aggregation)?)?,
             rounds: within("plan.rounds", wire.rounds, 1..=ROUNDS_MAX)?,
@@ -207,27 +222,13 @@ impl TaskPlan {
             population: self.population.as_str().into(),
             task: self.task.as_str().into(),
             base_model: Some(self.base_model.to_wire()),
-            adapter: Some(self.adapter.to_wire()),
+            adapter: Some(adapter::to_wire(&self.adapter)),
             training: Some(self.training.to_wire()),
             aggregation: Some(self.aggregation.to_wire()),
             rounds: self.rounds,
             expires_unix_ms: self.expires.0,
         }
         .encode_to_vec()
-    }
-}
-
-impl AdapterPlan {
-    fn to_wire(&self) -> wire::AdapterPlan {
-        wire::AdapterPlan {
-            rank: self.rank,
-            alpha: self.alpha,
-            targets: self.targets.clone(),
-            freeze_a: self.freeze_a,
-            init_seed: self.init_seed,
-            layout_sha256: self.layout_sha256.to_vec(),
-            dimension: self.dimension as u64,
-        }
     }
 }
 
@@ -282,26 +283,6 @@ impl SecurePlan {
             eta: self.assumptions.eta,
         }
     }
-}
-
-fn parse_adapter(wire: wire::AdapterPlan) -> Result<AdapterPlan, WireError> {
-    let dimension = within("plan.adapter.dimension", wire.dimension, 1..=DIMENSION_MAX)?;
-    let known = |target: &String| TARGETS.contains(&target.as_str());
-    let repeated = (1..wire.targets.len()).any(|i| wire.targets[..i].contains(&wire.targets[i]));
-    if wire.targets.is_empty() || repeated || !wire.targets.iter().all(known) {
-        let problem = format!("{:?}; some of {TARGETS:?}, none twice", wire.targets);
-        return Err(WireError::invalid("plan.adapter.targets", problem));
-    }
-    Ok(AdapterPlan {
-        rank: within("plan.adapter.rank", wire.rank, 1..=RANK_MAX)?,
-        alpha: finite("plan.adapter.alpha", wire.alpha, 1e-6, 1e6)?,
-        targets: wire.targets,
-        freeze_a: wire.freeze_a,
-        init_seed: wire.init_seed,
-        layout_sha256: parse_sha256("plan.adapter.layout_sha256", &wire.layout_sha256)?,
-        dimension: usize::try_from(dimension)
-            .map_err(|_| WireError::invalid("plan.adapter.dimension", "too large"))?,
-    })
 }
 
 fn parse_training(wire: &wire::TrainingPlan) -> Result<TrainingPlan, WireError> {
@@ -410,11 +391,13 @@ pub(crate) mod tests {
             task: Name::parse("t", "lora").unwrap(),
             base_model: Digest::of(b"base"),
             adapter: AdapterPlan {
-                rank: 8,
-                alpha: 16.0,
-                targets: vec!["q".into(), "v".into()],
-                freeze_a: false,
-                init_seed: 7,
+                shape: TrainedShape::Lora(LoraShape {
+                    rank: 8,
+                    alpha: 16.0,
+                    targets: vec!["q".into(), "v".into()],
+                    freeze_a: false,
+                    init_seed: 7,
+                }),
                 layout_sha256: [3; 32],
                 dimension: 4,
             },
@@ -559,8 +542,6 @@ pub(crate) mod tests {
             "plan.training.learning_rate_final_fraction: 0",
         );
         check(&|p| p.training.learning_rate = f32::NAN, "plan.training.learning_rate: NaN");
-        check(&|p| p.adapter.targets = vec!["q".into(), "q".into()], "plan.adapter.targets");
-        check(&|p| p.adapter.targets = vec!["head".into()], "plan.adapter.targets");
         check(&|p| p.adapter.dimension = 0, "plan.adapter.dimension: 0");
         check(&|p| p.aggregation.summands_min = 17, "plan.aggregation.summands_min: 17");
         check(&|p| p.aggregation.ring_bits = RingBits::new(9).unwrap(), "plan.aggregation.ring_bits");

@@ -11,12 +11,11 @@ use crate::{
 use anyhow::{Context, Result};
 use fleetune_client::training::local_training;
 use fleetune_model::{
-    adapter::Adapter,
-    base::BaseModel,
     batch::Batch,
     eval::{Evaluation, evaluate},
     optim::{AdamW, AdamWConfig, clip_gradient_norm},
-    train::{LocalTraining, LoraTrainer, Schedule, TrainerOptions, fine_tune},
+    train::{LocalTraining, Schedule, Trainer, TrainerOptions, fine_tune},
+    trained::TrainedModel,
 };
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -42,25 +41,29 @@ pub struct CentralOutcome {
     pub curve: Vec<CentralPoint>,
     /// Tokens trained on.
     pub tokens: u64,
+    /// The trained values.
+    pub values: Vec<f32>,
 }
 
-/// Evaluates an adapter (the base without one) on both groups, as one job.
-pub fn evaluate_both(pool: &Pool, experiment: &Experiment, adapter: Option<Vec<f32>>) -> Pending<BothGroups> {
-    let (base, layout) = (Arc::clone(&experiment.base), Arc::clone(&experiment.layout));
+/// Evaluates trained values (the base without any) on both groups, as one job.
+pub fn evaluate_both(pool: &Pool, experiment: &Experiment, values: Option<Vec<f32>>) -> Pending<BothGroups> {
+    let (base, layout) = (Arc::clone(&experiment.base), experiment.layout.clone());
     let blocks = (Arc::clone(&experiment.eval_blocks), Arc::clone(&experiment.heldout_blocks));
     pool.submit(move |_| {
-        let adapter = adapter.map(|values| Adapter::new(layout, values)).transpose()?;
-        both(&base, adapter.as_ref(), &blocks.0, &blocks.1)
+        let model = match values {
+            Some(values) => layout.model(&base, values)?,
+            None => TrainedModel { base, adapter: None },
+        };
+        both(&model, &blocks.0, &blocks.1)
     })
 }
 
-fn both(
-    base: &BaseModel,
-    adapter: Option<&Adapter>,
-    seen: &[Vec<u32>],
-    heldout: &[Vec<u32>],
-) -> Result<BothGroups> {
-    Ok(BothGroups { seen: evaluate(base, adapter, seen)?, heldout: evaluate(base, adapter, heldout)? })
+fn both(model: &TrainedModel, seen: &[Vec<u32>], heldout: &[Vec<u32>]) -> Result<BothGroups> {
+    Ok(BothGroups { seen: score(model, seen)?, heldout: score(model, heldout)? })
+}
+
+fn score(model: &TrainedModel, blocks: &[Vec<u32>]) -> Result<Evaluation> {
+    Ok(evaluate(&model.base, model.adapter.as_ref(), blocks)?)
 }
 
 /// Central training on the pooled blocks of all users, for `tokens` tokens, as one job.
@@ -72,21 +75,19 @@ pub fn central(
     seed: u64,
 ) -> Pending<CentralOutcome> {
     let pooled: Vec<Vec<u32>> = experiment.users.iter().flat_map(|user| user.train.iter().cloned()).collect();
-    let (base, layout) = (Arc::clone(&experiment.base), Arc::clone(&experiment.layout));
+    let (base, layout) = (Arc::clone(&experiment.base), experiment.layout.clone());
     let (seen, heldout) = (Arc::clone(&experiment.eval_blocks), Arc::clone(&experiment.heldout_blocks));
     let scenario = scenario.clone();
     pool.submit(move |workspace| {
         workspace.trainer = None; // its buffers are not needed any more
-        let options = scenario.engine.options()?;
-        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
-        let mut run = CentralRun::new(&scenario, &layout, pooled, tokens, seed);
+        let mut trainer = layout.trainer(&base, scenario.engine.options()?)?;
+        let mut run = CentralRun::new(&scenario, layout.initial_values(&base), pooled, tokens, seed);
         let mut curve = Vec::new();
         for step in 0..run.steps {
-            run.step(&mut trainer, step)?;
+            run.step(trainer.as_mut(), step)?;
             let next = (step + 1) * CURVE_POINTS / run.steps;
             if next > step * CURVE_POINTS / run.steps || step + 1 == run.steps {
-                let adapter = Adapter::new(Arc::clone(&layout), run.values.clone())?;
-                let scores = both(&base, Some(&adapter), &seen, &heldout)?;
+                let scores = both(&layout.model(&base, run.values.clone())?, &seen, &heldout)?;
                 curve.push((run.tokens, scores));
             }
         }
@@ -96,7 +97,8 @@ pub fn central(
             eval_nll: scores.seen.nll,
             heldout_nll: scores.heldout.nll,
         };
-        Ok(CentralOutcome { scores, curve: curve.iter().map(point).collect(), tokens: run.tokens })
+        let curve = curve.iter().map(point).collect();
+        Ok(CentralOutcome { scores, curve, tokens: run.tokens, values: run.values })
     })
 }
 
@@ -116,13 +118,7 @@ struct CentralRun {
 }
 
 impl CentralRun {
-    fn new(
-        scenario: &Scenario,
-        layout: &Arc<fleetune_model::adapter::AdapterLayout>,
-        pooled: Vec<Vec<u32>>,
-        tokens: u64,
-        seed: u64,
-    ) -> Self {
+    fn new(scenario: &Scenario, values: Vec<f32>, pooled: Vec<Vec<u32>>, tokens: u64, seed: u64) -> Self {
         let central = &scenario.central;
         let per_step = (central.batch_size * scenario.training.block_tokens as usize) as u64;
         let clip = scenario.training.gradient_clip;
@@ -130,12 +126,12 @@ impl CentralRun {
             pooled,
             order: Vec::new(),
             rng: ChaCha8Rng::seed_from_u64(seed ^ 0x6365_6e74),
-            values: Adapter::init(Arc::clone(layout)).values,
-            gradient: vec![0.0; layout.len()],
+            gradient: vec![0.0; values.len()],
             optimizer: AdamW::new(
                 AdamWConfig { weight_decay: scenario.training.weight_decay, ..AdamWConfig::default() },
-                layout.len(),
+                values.len(),
             ),
+            values,
             schedule: Schedule::WarmupCosine { warmup_steps: central.warmup_steps, final_fraction: 0.1 },
             steps: u32::try_from(tokens.div_ceil(per_step).max(1)).unwrap_or(u32::MAX),
             batch_size: central.batch_size,
@@ -145,7 +141,7 @@ impl CentralRun {
         }
     }
 
-    fn step(&mut self, trainer: &mut LoraTrainer, step: u32) -> Result<()> {
+    fn step(&mut self, trainer: &mut dyn Trainer, step: u32) -> Result<()> {
         if self.order.len() < self.batch_size {
             self.order = (0..self.pooled.len()).collect();
             self.order.shuffle(&mut self.rng);
@@ -173,7 +169,7 @@ pub fn local_only(
 ) -> Result<Vec<Pending<LocalOnlyDevice>>> {
     let plan =
         LocalTraining { steps: scenario.local_only.steps, ..local_training(&scenario.training_plan()?) };
-    let federated = Arc::new(Adapter::new(Arc::clone(&experiment.layout), federated.to_vec())?);
+    let federated = Arc::new(experiment.layout.model(&experiment.base, federated.to_vec())?);
     let options = scenario.engine.options()?;
     let start = |user| alone(pool, experiment, user, (&plan, options), &federated, seed);
     Ok(choose_users(experiment, scenario.local_only.devices, seed).into_iter().map(start).collect())
@@ -192,24 +188,24 @@ fn alone(
     experiment: &Experiment,
     index: usize,
     (plan, options): (&LocalTraining, TrainerOptions),
-    federated: &Arc<Adapter>,
+    federated: &Arc<TrainedModel>,
     seed: u64,
 ) -> Pending<LocalOnlyDevice> {
-    let (base, layout) = (Arc::clone(&experiment.base), Arc::clone(&experiment.layout));
+    let (base, layout) = (Arc::clone(&experiment.base), experiment.layout.clone());
     let (user, plan, federated) = (experiment.users[index].clone(), plan.clone(), Arc::clone(federated));
     let [a, b, c, d, e, f, g, h, ..] = training_seed(seed, index);
     let batch_seed = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     pool.submit(move |workspace| {
         workspace.trainer = None;
-        let mut trainer = LoraTrainer::new(Arc::clone(&base), Arc::clone(&layout), options)?;
-        let mut own = Adapter::init(layout);
-        fine_tune(&mut trainer, &mut own.values, &user.train, &plan, batch_seed, &mut || false)?;
-        let local = evaluate(&base, Some(&own), &user.test)?;
+        let mut trainer = layout.trainer(&base, options)?;
+        let mut own = layout.initial_values(&base);
+        fine_tune(trainer.as_mut(), &mut own, &user.train, &plan, batch_seed, &mut || false)?;
+        let local = score(&layout.model(&base, own)?, &user.test)?;
         Ok(LocalOnlyDevice {
             user: user.name,
             base_nll: evaluate(&base, None, &user.test)?.nll,
             local_nll: local.nll,
-            federated_nll: evaluate(&base, Some(&federated), &user.test)?.nll,
+            federated_nll: score(&federated, &user.test)?.nll,
             tokens: local.tokens,
         })
     })

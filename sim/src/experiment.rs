@@ -4,7 +4,7 @@
 use crate::scenario::Scenario;
 use anyhow::{Context, Result, ensure};
 use fleetune_client::data::{self, Dataset, Group, UserData};
-use fleetune_model::{adapter::AdapterLayout, base::BaseModel};
+use fleetune_model::{base::BaseModel, trained::TrainedLayout};
 use fleetune_proto::Digest;
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -38,8 +38,10 @@ pub struct Experiment {
     pub base: Arc<BaseModel>,
     /// Its file's address.
     pub base_digest: Digest,
-    /// The adapter's layout.
-    pub layout: Arc<AdapterLayout>,
+    /// True if the base was made for this run, with random weights.
+    pub fresh: bool,
+    /// The layout of what is trained.
+    pub layout: TrainedLayout,
     /// File name of the data.
     pub data_name: String,
     /// Content address of the data.
@@ -59,10 +61,13 @@ pub struct Experiment {
 impl Experiment {
     /// Opens model and data and cuts the blocks.
     pub fn open(scenario: &Scenario, model: Option<&Path>, data: Option<&Path>, seed: u64) -> Result<Self> {
-        let (base, base_digest) = open_base(model)?;
+        let (mut base, mut base_digest) = open_base(model)?;
+        if scenario.model.fresh {
+            (base, base_digest) = scenario.model.fresh(&base, seed)?;
+        }
         let (data_name, dataset) = open_data(data)?;
         let layout =
-            AdapterLayout::new(&base.config, &scenario.lora(seed)?).context("the scenario's adapter")?;
+            TrainedLayout::new(&base, &scenario.trained(seed)?).context("what the scenario trains")?;
         let block_tokens = scenario.training.block_tokens as usize;
         ensure!(
             block_tokens < base.config.context_length,
@@ -88,7 +93,8 @@ impl Experiment {
         Ok(Self {
             base,
             base_digest,
-            layout: Arc::new(layout),
+            fresh: scenario.model.fresh,
+            layout,
             data_name,
             data_sha256: dataset.sha256,
             users,

@@ -47,7 +47,7 @@ pub struct FinishedRound {
     pub tokens: u64,
     /// Virtual seconds since the start.
     pub virtual_seconds: f64,
-    /// The adapter after the round.
+    /// The trained values after the round.
     pub adapter: Vec<f32>,
 }
 
@@ -55,8 +55,8 @@ pub struct FinishedRound {
 pub struct FleetOutcome {
     /// The release and its signed manifest.
     pub manifest: ReleaseManifest,
-    /// The released adapter file.
-    pub adapter_gguf: Arc<Vec<u8>>,
+    /// The released file: an adapter or a model.
+    pub released: Arc<Vec<u8>>,
     /// The manifest as the devices got it.
     pub envelope: Vec<u8>,
     /// Key that a device must trust to install it.
@@ -190,13 +190,12 @@ impl<'a> Fleet<'a> {
         let devices_active = self.devices_active();
         let participations_most = self.participations_most();
         let (manifest, envelope) = self.release.context("the task ended without a release")?;
-        let adapter_gguf =
-            self.blobs.get(&manifest.adapter.sha256).context("the release's adapter is missing")?;
-        let adapter_gguf = Arc::clone(adapter_gguf);
+        let released = self.blobs.get(&manifest.trained().sha256).context("the released file is missing")?;
+        let released = Arc::clone(released);
         let (trust_key, charges) = (self.trust_key, self.charges);
         Ok(FleetOutcome {
             manifest,
-            adapter_gguf,
+            released,
             envelope,
             trust_key,
             devices_active,
@@ -519,7 +518,8 @@ pub fn training_seed(seed: u64, user: usize) -> [u8; 32] {
 pub fn task(scenario: &Scenario, seed: u64) -> Result<TaskSpec> {
     Ok(TaskSpec {
         name: Name::parse("task", "lora")?,
-        lora: scenario.lora(seed)?,
+        trained: scenario.trained(seed)?,
+        release_format: scenario.model.release_format()?,
         training: scenario.training_plan()?,
         aggregation: scenario.aggregation_plan()?,
         rounds: scenario.rounds,

@@ -7,6 +7,7 @@ pub mod chat;
 pub mod classify;
 pub mod experiment;
 pub mod fleet;
+pub mod next_word;
 pub mod pool;
 pub mod pretrain;
 pub mod quantize;

@@ -11,6 +11,7 @@ mod words;
 
 pub use privacy::PrivacyReport;
 
+use crate::next_word::NextWord;
 use fleetune_coordinator::{CohortRecord, PrivacyRecord};
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,9 @@ pub struct Report {
     pub r#final: FinalReport,
     /// Share of central training's gain over the base that federated training reached.
     pub gain: GainReport,
+    /// How often the next token and word were among the first guesses, model by model; empty if it was not asked for.
+    #[serde(default)]
+    pub next_word: Vec<NextWord>,
     /// The release that devices installed.
     pub release: Option<ReleaseReport>,
     /// Peak resident memory of the process, MiB.
@@ -66,8 +70,15 @@ pub struct ModelReport {
     pub sha256: String,
     /// Parameters of the base.
     pub parameters: u64,
-    /// Values of the adapter.
+    /// Values that are trained and sent.
     pub trainable: u64,
+    /// What they are: "adapter", or "model" for all weights.
+    #[serde(default = "adapter")]
+    pub trains: String,
+}
+
+fn adapter() -> String {
+    "adapter".to_owned()
 }
 
 /// The data.
@@ -226,7 +237,7 @@ pub struct FinalReport {
     /// Its scores.
     #[serde(flatten)]
     pub scores: Scores,
-    /// SHA-256 of the final adapter checkpoint.
+    /// SHA-256 of the final checkpoint, of an adapter or a model.
     pub adapter_sha256: String,
 }
 
@@ -244,9 +255,9 @@ pub struct GainReport {
 pub struct ReleaseReport {
     /// Its version.
     pub version: u64,
-    /// Bytes of the quantized base.
+    /// Bytes of the quantized base, or of the fully trained model.
     pub base_bytes: u64,
-    /// Bytes of the adapter.
+    /// Bytes of the adapter; 0 for a fully trained model.
     pub adapter_bytes: u64,
     /// Devices of the simulation that fetched, verified and opened it.
     pub devices_active: u32,

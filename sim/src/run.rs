@@ -8,6 +8,7 @@ use crate::{
     baselines::{BothGroups, central, evaluate_both, local_only},
     experiment::Experiment,
     fleet::{FinishedRound, Fleet, FleetOutcome},
+    next_word::{self, NextWord},
     pool::{Pending, Pool},
     report::{
         CentralReport, DataReport, FinalReport, GainReport, LocalOnlyDevice, LocalOnlyReport, ModelReport,
@@ -20,9 +21,12 @@ use anyhow::{Context, Result, ensure};
 use fleetune_model::{
     adapter::Adapter,
     adapter_formats::from_gguf_lora,
+    base::BaseModel,
     eval::evaluate,
     generate::{Sampling, generate},
+    gguf::Metadata,
     infer::Engine,
+    trained::{TrainedLayout, TrainedModel},
 };
 use std::{
     fs,
@@ -105,21 +109,16 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let alone = local_only(&pool, &experiment, &scenario, &trained.adapter, args.seed)?;
     let release = release_report(&pool, &experiment, &outcome);
     let central = central.wait()?;
+    let next_word = next_words(&pool, &experiment, &scenario, &trained.adapter, central.values)?;
     let base = base.wait()?;
     let devices = alone.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
-    let adapter = Adapter::new(Arc::clone(&experiment.layout), trained.adapter)?;
     let scores = trained.scores;
     let is_secure = scenario.aggregation_plan()?.secure.is_some();
     let privacy = PrivacyReport::of(&scenario, &outcome, experiment.layout.len())?;
     let secure_aggregation = is_secure.then(|| SecureReport::of(&trained.rounds));
     let report = Report {
         version: env!("CARGO_PKG_VERSION").into(),
-        model: ModelReport {
-            name: experiment.base.config.name.clone(),
-            sha256: experiment.base_digest.hex(),
-            parameters: experiment.base.parameter_count(),
-            trainable: experiment.layout.len() as u64,
-        },
+        model: model_report(&experiment, &scenario),
         data: data_report(&experiment, &scenario),
         seed: args.seed,
         scenario: serde_json::to_value(&scenario)?,
@@ -135,7 +134,11 @@ pub fn run(args: &RunArgs) -> Result<Report> {
             curve: central.curve,
         },
         local_only: local_only_report(devices, scenario.local_only.steps),
-        r#final: FinalReport { scores: scores_of(&scores), adapter_sha256: hex::encode(adapter.sha256()) },
+        r#final: FinalReport {
+            scores: scores_of(&scores),
+            adapter_sha256: hex::encode(experiment.layout.checkpoint_sha256(&trained.adapter)),
+        },
+        next_word,
         release: Some(release.wait()?),
         peak_rss_mib: peak_rss_mib(),
         seconds: started.elapsed().as_secs_f64(),
@@ -149,7 +152,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
         },
         privacy,
     };
-    write_out(&args.out, &report, &adapter, &outcome)?;
+    write_out(&args.out, &report, &experiment, &trained.adapter, &outcome)?;
     print!("{}", table::table(&report));
     println!("report: {}", args.out.join("report.html").display());
     Ok(report)
@@ -182,7 +185,7 @@ fn scenario(args: &RunArgs) -> Result<Scenario> {
 fn introduce(scenario: &Scenario, experiment: &Experiment) {
     let config = &experiment.base.config;
     eprintln!(
-        "{}: {} parameters, {} of them in the adapter; {}: {} users train, {} are held out",
+        "{}: {} parameters, {} values are trained; {}: {} users train, {} are held out",
         config.name,
         experiment.base.parameter_count(),
         experiment.layout.len(),
@@ -296,26 +299,64 @@ impl<'a> RoundLog<'a> {
     }
 }
 
+/// What keyboards are judged by, of the base, counting, central training and the fleet; none if not asked for.
+fn next_words(
+    pool: &Pool,
+    experiment: &Experiment,
+    scenario: &Scenario,
+    federated: &[f32],
+    central: Vec<f32>,
+) -> Result<Vec<NextWord>> {
+    if !scenario.evaluation.recall {
+        return Ok(Vec::new());
+    }
+    let of = |name: &str, values| next_word::of_values(pool, experiment, name, values);
+    let mut jobs = next_word::of_counts(pool, experiment);
+    jobs.push(of("base", None));
+    jobs.push(of("central", Some(central)));
+    jobs.push(of("federated", Some(federated.to_vec())));
+    jobs.into_iter().map(Pending::wait).collect()
+}
+
 fn release_report(pool: &Pool, experiment: &Experiment, outcome: &FleetOutcome) -> Pending<ReleaseReport> {
     let (base, blocks) = (Arc::clone(&experiment.base), Arc::clone(&experiment.eval_blocks));
-    let (gguf, manifest, devices_active) =
-        (Arc::clone(&outcome.adapter_gguf), outcome.manifest.clone(), outcome.devices_active);
+    let (file, manifest, devices_active) =
+        (Arc::clone(&outcome.released), outcome.manifest.clone(), outcome.devices_active);
+    let layout = experiment.layout.clone();
     pool.submit(move |_| {
-        let released = from_gguf_lora(&gguf, &base).context("the released adapter")?;
-        let engine = Engine::new(Arc::clone(&base));
+        let released = open_released(&layout, &base, &file)?;
+        let (before, after) = (Engine::new(base), Engine::new(Arc::clone(&released.base)));
         let sample = |prompt: &&str| -> Result<Sample> {
-            let say = |adapter: Option<&Adapter>| continuation(&engine, adapter, prompt);
-            Ok(Sample { prompt: (*prompt).into(), base: say(None)?, released: say(Some(&released))? })
+            let said = continuation(&after, released.adapter.as_ref(), prompt)?;
+            Ok(Sample {
+                prompt: (*prompt).into(),
+                base: continuation(&before, None, prompt)?,
+                released: said,
+            })
         };
         Ok(ReleaseReport {
             version: manifest.version,
             base_bytes: manifest.base_model.size,
-            adapter_bytes: manifest.adapter.size,
+            adapter_bytes: manifest.adapter.map_or(0, |adapter| adapter.size),
             devices_active,
-            eval_nll: evaluate(&base, Some(&released), &blocks)?.nll,
+            eval_nll: evaluate(&released.base, released.adapter.as_ref(), &blocks)?.nll,
             samples: PROMPTS.iter().map(sample).collect::<Result<_>>()?,
         })
     })
+}
+
+/// The released file, opened as a device opens it.
+fn open_released(layout: &TrainedLayout, base: &Arc<BaseModel>, file: &[u8]) -> Result<TrainedModel> {
+    match layout {
+        TrainedLayout::Lora(_) => {
+            let adapter = from_gguf_lora(file, base).context("the released adapter")?;
+            Ok(TrainedModel { base: Arc::clone(base), adapter: Some(adapter) })
+        }
+        TrainedLayout::Full(_) => {
+            let model = BaseModel::from_gguf_bytes(file.to_vec()).context("the released model")?;
+            Ok(TrainedModel { base: Arc::new(model), adapter: None })
+        }
+    }
 }
 
 fn continuation(engine: &Engine, adapter: Option<&Adapter>, prompt: &str) -> Result<String> {
@@ -325,6 +366,16 @@ fn continuation(engine: &Engine, adapter: Option<&Adapter>, prompt: &str) -> Res
     let mut sequence = sequence(engine, adapter)?;
     let answer = generate(engine, &mut sequence, &ids, &sampling, &mut |_| ControlFlow::Continue(()))?;
     Ok(base.tokenizer.decode(&answer))
+}
+
+fn model_report(experiment: &Experiment, scenario: &Scenario) -> ModelReport {
+    ModelReport {
+        name: experiment.base.config.name.clone(),
+        sha256: experiment.base_digest.hex(),
+        parameters: experiment.base.parameter_count(),
+        trainable: experiment.layout.len() as u64,
+        trains: scenario.model.trains.clone(),
+    }
 }
 
 fn data_report(experiment: &Experiment, scenario: &Scenario) -> DataReport {
@@ -367,13 +418,23 @@ fn local_only_report(devices: Vec<LocalOnlyDevice>, steps: u32) -> LocalOnlyRepo
     }
 }
 
-fn write_out(out: &Path, report: &Report, adapter: &Adapter, outcome: &FleetOutcome) -> Result<()> {
+fn write_out(
+    out: &Path,
+    report: &Report,
+    experiment: &Experiment,
+    values: &[f32],
+    outcome: &FleetOutcome,
+) -> Result<()> {
     let write = |name: &str, bytes: &[u8]| {
         let path = out.join(name);
         fs::write(&path, bytes).with_context(|| format!("file {}", path.display()))
     };
-    write("adapter.safetensors", &adapter.to_checkpoint_bytes())?;
-    write("adapter.gguf", &outcome.adapter_gguf)?;
+    let what = report.model.trains.as_str();
+    write(&format!("{what}.safetensors"), &experiment.layout.to_checkpoint_bytes(values))?;
+    write(&format!("{what}.gguf"), &outcome.released)?;
+    if experiment.fresh {
+        write("base.gguf", &experiment.base.to_gguf_bytes(&Metadata::default()))?;
+    }
     write("release.manifest", &outcome.envelope)?;
     write("report.json", serde_json::to_string_pretty(report)?.as_bytes())?;
     write("report.html", html::render(report).as_bytes())

@@ -2,13 +2,15 @@
 //! out has the value of `scenarios/default.toml`, which shows every setting.
 
 mod engine;
+mod model;
 
 pub use engine::Engine;
+pub use model::Model;
 
 use anyhow::{Context, Result, ensure};
 use fleetune_coordinator::{NoiseSpec, PrivacySpec, ServerOptimizer};
 use fleetune_model::adapter::LoraConfig;
-use fleetune_model::config::Projection;
+use fleetune_model::{config::Projection, trained::TrainedConfig};
 use fleetune_privacy::{
     AdaptationTarget, ClippingNorm, Delta, Mechanism, NoiseCohort, SubsampledGaussian, noise_multiplier,
 };
@@ -33,6 +35,8 @@ pub struct Scenario {
     pub fleet: Fleet,
     /// What devices are like.
     pub devices: Devices,
+    /// What is trained.
+    pub model: Model,
     /// The adapter.
     pub adapter: AdapterShape,
     /// Local training.
@@ -222,6 +226,8 @@ pub struct Evaluation {
     pub blocks: usize,
     /// Rounds between evaluations.
     pub every: u32,
+    /// True: also how often the right token or word was among the first three guesses.
+    pub recall: bool,
 }
 
 /// Central training to compare with.
@@ -366,7 +372,8 @@ impl Scenario {
         ensure!((0.0..=3.0).contains(&self.devices.speed_sigma), "devices.speed_sigma: 0 to 3");
         ensure!(self.evaluation.every >= 1 && self.evaluation.blocks >= 1, "evaluation: at least 1");
         ensure!(self.central.batch_size >= 1, "central.batch_size: at least 1");
-        self.lora(0)?;
+        self.trained(0)?;
+        self.model.release_format()?;
         self.engine.options()?;
         self.training_plan()?;
         self.aggregation_plan()?;
@@ -374,8 +381,13 @@ impl Scenario {
         self.server_optimizer().map(|_| ())
     }
 
+    /// What is trained.
+    pub fn trained(&self, init_seed: u64) -> Result<TrainedConfig> {
+        self.model.trained(self.lora(init_seed)?)
+    }
+
     /// The adapter's shape.
-    pub fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
+    fn lora(&self, init_seed: u64) -> Result<LoraConfig> {
         let parse =
             |name: &String| Projection::from_name(name).with_context(|| format!("adapter.targets: {name:?}"));
         let mut targets = self.adapter.targets.iter().map(parse).collect::<Result<Vec<_>>>()?;
@@ -567,6 +579,9 @@ mod tests {
         let better = Scenario::from_toml("scenarios/smollm2_private.toml", better).unwrap();
         let (z, reference) = (better.imagined().unwrap().unwrap(), private.imagined().unwrap().unwrap());
         assert_eq!((z.cohort, z.delta, better.privacy.epsilon), (reference.cohort, reference.delta, 2.0));
+        let further = include_str!("../scenarios/next_word_pretrained.toml");
+        let further = Scenario::from_toml("scenarios/next_word_pretrained.toml", further).unwrap();
+        assert!(further.trained(1).unwrap() == TrainedConfig::Full && !further.model.fresh);
     }
 
     #[test]
@@ -579,6 +594,7 @@ mod tests {
         check("[fleet]\ncohort = 4\nreports_min = 5", "fleet.reports_min");
         check("[server]\noptimizer = \"adam\"", "server.optimizer");
         check("[aggregation]\nprotocol = \"secagg\"", "aggregation.protocol");
+        check("[model]\ntrains = \"head\"", "model.trains");
         check("[adapter]\ntargets = [\"head\"]", "adapter.targets");
         check("[engine]\nprecision = \"f16\"", "engine.precision");
         check("rounds = ", "x.toml");

@@ -1,6 +1,7 @@
 //! Real processes over loopback gRPC: a coordinator and its devices, killed and started again.
 
 mod fleet;
+mod full;
 mod full_disk;
 mod hostile;
 mod killed;
@@ -10,14 +11,13 @@ mod tls;
 
 use crate::support::root;
 use fleet::{Site, wait_until};
-use fleetune_model::adapter::Adapter;
 use fleetune_sim::{
     experiment::Experiment,
     fleet::{Fleet, training_seed},
     pool::Pool,
     scenario::Scenario,
 };
-use std::{fs, sync::Arc};
+use std::fs;
 
 const SEED: u64 = 5;
 
@@ -97,8 +97,7 @@ fn simulated(site: &Site) -> String {
             adapter = round.adapter;
         })
         .expect("a finished fleet");
-    let adapter = Adapter::new(Arc::clone(&experiment.layout), adapter).expect("the layout's length");
-    hex::encode(adapter.sha256())
+    hex::encode(experiment.layout.checkpoint_sha256(&adapter))
 }
 
 #[test]

@@ -108,6 +108,37 @@ fn models_that_do_not_open_do_not_serve() {
 }
 
 #[test]
+fn a_fully_trained_model_serves_alone_and_takes_turns_with_adapters() {
+    let disk = disk();
+    let mut slots = disk.slots();
+    slots.install(&disk.manifest(1)).unwrap();
+    let trained = base_bytes(2);
+    let whole = |version, bytes: &[u8]| ReleaseManifest {
+        base_model: Digest::of(bytes),
+        adapter: None,
+        ..disk.manifest(version)
+    };
+    let missing = slots.install(&whole(2, &trained)).unwrap_err();
+    assert!(matches!(missing, ReleaseError::Base { .. }), "{missing}");
+    disk.blobs.insert(&trained).unwrap();
+    slots.install(&whole(2, &trained)).unwrap();
+    let model = disk.slots().open_model().unwrap().unwrap();
+    assert!(model.adapter.is_none() && model.base.sha256 == Digest::of(&trained).sha256);
+    slots.prune(&[]).unwrap();
+    assert!(disk.blobs.read(Digest::of(&disk.adapter)).is_ok(), "the release before is kept");
+    let mut broken = trained.clone();
+    let half = broken.len() / 2;
+    broken[half..].chunks_exact_mut(2).for_each(|pair| pair.copy_from_slice(&[0xff, 0x7f]));
+    disk.blobs.insert(&broken).unwrap();
+    let error = slots.install(&whole(3, &broken)).unwrap_err();
+    assert!(error.is_final(), "scales that are no numbers do not serve: {error}");
+    slots.install(&disk.manifest(4)).unwrap();
+    slots.prune(&[]).unwrap();
+    assert_eq!(disk.versions(), (Some(4), Some(2), 4));
+    assert!(disk.blobs.read(Digest::of(&trained)).is_ok());
+}
+
+#[test]
 fn a_blob_that_changed_on_disk_is_the_disks_fault() {
     let disk = disk();
     let mut changed = disk.adapter.clone();

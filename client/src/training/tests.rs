@@ -4,7 +4,7 @@ use fleetune_model::train::Recompute;
 
 use super::*;
 use crate::data::blocks;
-use crate::fixture::{BLOCK_TOKENS, base, base_bytes, checkpoint, plan, texts};
+use crate::fixture::{BLOCK_TOKENS, base, base_bytes, checkpoint, full_plan, plan, texts};
 
 fn order(plan: &TaskPlan) -> TrainOrder {
     TrainOrder {
@@ -60,6 +60,38 @@ fn a_budget_that_is_too_small_is_told_with_its_figures() {
     assert!(reason.contains("the budget is 1 MB"), "{reason}");
 }
 
+fn lora(plan: &mut TaskPlan) -> &mut LoraShape {
+    match &mut plan.adapter.shape {
+        TrainedShape::Lora(lora) => lora,
+        TrainedShape::Full => panic!("the plan of an adapter"),
+    }
+}
+
+#[test]
+fn all_weights_are_trained_when_the_plan_says_so() {
+    let base = base();
+    let layout = TrainedLayout::new(&base, &TrainedConfig::Full).unwrap();
+    let mut plan = plan();
+    plan.adapter = full_plan(&base);
+    let (order, start) = (order(&plan), layout.initial_values(&base));
+    let mut trainer = LocalTrainer::new(Arc::clone(&base), &plan).unwrap();
+    let mut train = |seed| {
+        let checkpoint = layout.to_checkpoint_bytes(&start);
+        trainer.run(&order, &checkpoint, &own_blocks(), &[seed; 32], &mut || false).unwrap()
+    };
+    let update = train(1);
+    assert_eq!(update.delta.len() as u64, base.parameter_count());
+    assert_eq!(update, train(1), "the same from the same");
+    assert_ne!(update, train(2));
+    let moved = update.delta.iter().filter(|value| **value != 0.0).count();
+    assert!(moved > update.delta.len() / 2, "{moved} of {} weights moved", update.delta.len());
+    assert!(update.summary.last_loss < update.summary.first_loss);
+    let of_adapter = trainer.run(&order, &checkpoint(), &own_blocks(), &[1; 32], &mut || false);
+    assert!(matches!(of_adapter, Err(TrainingFailure::PlanRejected(_))), "{of_adapter:?}");
+    plan.adapter.layout_sha256 = [1; 32];
+    assert!(LocalTrainer::new(base, &plan).is_err());
+}
+
 #[test]
 fn plans_that_do_not_fit_are_rejected() {
     let check = |expected: &str, spoil: fn(&mut TaskPlan)| {
@@ -72,10 +104,11 @@ fn plans_that_do_not_fit_are_rejected() {
         );
     };
     check("for base", |p| p.base_model.sha256 = [1; 32]);
-    check("an adapter of 7 values", |p| p.adapter.dimension = 7);
+    check("a vector of 7 values", |p| p.adapter.dimension = 7);
     check("another hash", |p| p.adapter.layout_sha256 = [1; 32]);
-    check("an adapter of", |p| p.adapter.rank = 3);
-    check("unknown projection \"head\"", |p| p.adapter.targets = vec!["head".into()]);
+    check("a vector of", |p| lora(p).rank = 3);
+    check("unknown projection \"head\"", |p| lora(p).targets = vec!["head".into()]);
+    check("a vector of", |p| p.adapter.shape = TrainedShape::Full);
     check("blocks of 65 tokens", |p| p.training.block_tokens = 65);
     let other = BaseModel::from_gguf_bytes(base_bytes(2)).unwrap();
     assert!(matches!(LocalTrainer::new(Arc::new(other), &plan()), Err(TrainingFailure::PlanRejected(_))));
@@ -97,7 +130,7 @@ fn what_cannot_be_trained_says_why() {
     assert_eq!(few, TrainingFailure::InsufficientData { held: 1, needed: 2 });
     let broken = trainer.run(&order, b"no checkpoint", &blocks, &[1; 32], &mut || false).unwrap_err();
     assert!(matches!(broken, TrainingFailure::PlanRejected(_)), "{broken}");
-    let huge = Adapter { layout: Arc::clone(trainer.layout()), values: vec![1e38; trainer.layout().len()] };
-    let diverged = trainer.run(&order, &huge.to_checkpoint_bytes(), &blocks, &[1; 32], &mut || false);
+    let huge = trainer.layout().to_checkpoint_bytes(&vec![1e38; trainer.layout().len()]);
+    let diverged = trainer.run(&order, &huge, &blocks, &[1; 32], &mut || false);
     assert!(matches!(diverged, Err(TrainingFailure::Failed(_))), "{diverged:?}");
 }

@@ -118,7 +118,7 @@ async fn status(config: &Path, json: bool) -> Result<()> {
         serde_json::json!({
             "version": release.version(),
             "task": release.manifest.task.as_str(),
-            "adapter": release.manifest.adapter.hex(),
+            "adapter": release.manifest.adapter.map(|adapter| adapter.hex()),
             "base_model": release.manifest.base_model.hex(),
             "rounds": release.manifest.rounds,
             "created_unix_ms": release.manifest.created.0,
@@ -170,8 +170,11 @@ fn table(status: &serde_json::Value) -> String {
         }
     }
     for release in list(&status["releases"]) {
-        let (task, adapter) = (text(&release["task"]), text(&release["adapter"]));
-        lines.push(format!("release {}: task {task}, adapter {adapter}", release["version"]));
+        let made = match release["adapter"].as_str() {
+            Some(adapter) => format!("adapter {adapter}"),
+            None => format!("model {}", text(&release["base_model"])),
+        };
+        lines.push(format!("release {}: task {}, {made}", release["version"], text(&release["task"])));
         lines.push(format!("  {}", text(&release["privacy_statement"])));
     }
     lines.join("\n")

@@ -2,7 +2,9 @@
 
 use super::{ConfigError, parse_name, setting};
 use crate::{NoiseSpec, PrivacySpec, ServerOptimizer, TaskSpec};
-use fleetune_model::{adapter::LoraConfig, config::Projection};
+use fleetune_model::{
+    adapter::LoraConfig, config::Projection, trained::TrainedConfig, weights::WeightFormat,
+};
 use fleetune_privacy::{AdaptationTarget, ClippingNorm, Delta, Mechanism};
 use fleetune_proto::{
     AggregationPlan, AggregationProtocol, Name, Optimizer, SecurePlan, TrainingPlan, UnixMillis,
@@ -51,6 +53,8 @@ impl TaskConfig {
 pub(super) struct Table {
     name: String,
     base_model: PathBuf,
+    trains: String,
+    release_format: String,
     rounds: u32,
     expires_days: u32,
     release_valid_days: u32,
@@ -170,7 +174,8 @@ impl Table {
             RoundPolicy { report_goal, selected_max, reports_min, selection_ms, report_ms, step_ms };
         let without_expiry = TaskSpec {
             name: name.clone(),
-            lora: self.adapter.check(self.privacy.enabled).map_err(wrong)?,
+            trained: trained(&self.trains, self.adapter, self.privacy.enabled).map_err(wrong)?,
+            release_format: release_format(&self.release_format).map_err(wrong)?,
             training: self.training.check().map_err(wrong)?,
             aggregation: self.aggregation.check().map_err(wrong)?,
             rounds: self.rounds,
@@ -189,6 +194,24 @@ impl Table {
 }
 
 type Wrong = (&'static str, String);
+
+/// `[task.adapter]` says nothing where all weights are trained.
+fn trained(kind: &str, adapter: Adapter, private: bool) -> Result<TrainedConfig, Wrong> {
+    match kind {
+        "adapter" => adapter.check(private).map(TrainedConfig::Lora),
+        "model" => Ok(TrainedConfig::Full),
+        other => Err(("trains", format!("{other:?} is neither \"adapter\" nor \"model\""))),
+    }
+}
+
+fn release_format(name: &str) -> Result<WeightFormat, Wrong> {
+    match name {
+        "f32" => Ok(WeightFormat::F32),
+        "f16" => Ok(WeightFormat::F16),
+        "q8_0" => Ok(WeightFormat::Q8_0),
+        other => Err(("release_format", format!("{other:?} is none of \"f32\", \"f16\", \"q8_0\""))),
+    }
+}
 
 impl Adapter {
     fn check(self, private: bool) -> Result<LoraConfig, Wrong> {

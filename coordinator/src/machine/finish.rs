@@ -8,10 +8,15 @@ use super::{
         RoundRecord, TaskProgress,
     },
     contribution::l2_norm,
-    task::{OpenRound, Task},
+    task::{OpenRound, Task, TaskSpec},
 };
 use fleetune_model::{
-    adapter::Adapter, adapter_formats::to_gguf_lora, error::AdapterError, gguf::Metadata,
+    adapter::Adapter,
+    adapter_formats::to_gguf_lora,
+    base::BaseModel,
+    error::AdapterError,
+    gguf::Metadata,
+    trained::{TrainedLayout, stored},
     weights::WeightFormat,
 };
 use fleetune_privacy::{PrivacyStatement, StatementParts};
@@ -33,7 +38,7 @@ pub(super) struct Ending<'a> {
 }
 
 struct Advance {
-    adapter: Adapter,
+    values: Vec<f32>,
     optimizer_state: Vec<f32>,
     update_norm: f64,
     clipping_norm: Option<f32>,
@@ -56,7 +61,7 @@ impl Ending<'_> {
     }
 
     fn finished(&self, task: &Task, open: &OpenRound, step: Advance) -> Result<Commit, AdapterError> {
-        let bytes = Arc::new(step.adapter.to_checkpoint_bytes());
+        let bytes = Arc::new(task.layout.to_checkpoint_bytes(&step.values));
         let checkpoint = Digest::of(&bytes);
         let mut commit = Commit {
             id: self.id,
@@ -68,8 +73,8 @@ impl Ending<'_> {
             release: None,
         };
         let round = task.progress.round + 1;
-        self.release_if_last(task, round, &step.adapter, &mut commit)?;
-        let (adapter, optimizer_state) = (step.adapter.values, step.optimizer_state);
+        self.release_if_last(task, round, &step.values, &mut commit)?;
+        let (adapter, optimizer_state) = (step.values, step.optimizer_state);
         let clipping_norm = step.clipping_norm;
         let protection = task.progress.protection.clone();
         let progress =
@@ -100,10 +105,8 @@ impl Ending<'_> {
             record: Some(self.record(open, RoundOutcome::Failed(reason), None, None)),
             release: None,
         };
-        let adapter = Adapter::new(task.layout.clone(), task.progress.adapter.clone());
-        adapter
-            .and_then(|adapter| self.release_if_last(task, round, &adapter, &mut commit))
-            .expect("the adapter was checked when it was made, and its layout fits the base");
+        self.release_if_last(task, round, &task.progress.adapter, &mut commit)
+            .expect("the values were checked when they were made, and their layout fits the base");
         commit
     }
 
@@ -111,11 +114,11 @@ impl Ending<'_> {
         &self,
         task: &Task,
         round: u32,
-        adapter: &Adapter,
+        values: &[f32],
         commit: &mut Commit,
     ) -> Result<(), AdapterError> {
         if round >= task.spec.rounds {
-            let gguf = Arc::new(release_bytes(task, adapter)?);
+            let gguf = Arc::new(release_bytes(&task.spec, &task.base, &task.layout, values)?);
             commit.release = Some(self.publish(task, Digest::of(&gguf)));
             commit.blobs.push((Digest::of(&gguf), gguf));
         }
@@ -144,13 +147,18 @@ impl Ending<'_> {
         }
     }
 
-    fn publish(&self, task: &Task, adapter: Digest) -> PublishedRelease {
+    /// `made` is the file that the task made: an adapter for its base, or a model.
+    fn publish(&self, task: &Task, made: Digest) -> PublishedRelease {
         let statement = statement(task);
+        let (base_model, adapter) = match &task.layout {
+            TrainedLayout::Lora(_) => (task.plan.base_model, Some(made)),
+            TrainedLayout::Full(_) => (made, None),
+        };
         let manifest = ReleaseManifest {
             population: self.setup.population.clone(),
             version: self.version,
             task: task.spec.name.clone(),
-            base_model: task.plan.base_model,
+            base_model,
             adapter,
             rounds: task.spec.rounds,
             created: self.now,
@@ -203,8 +211,8 @@ fn advance(task: &Task, sum: &RunningSum) -> Result<Advance, AdapterError> {
     let mut values = task.progress.adapter.clone();
     let mut optimizer_state = task.progress.optimizer_state.clone();
     task.spec.server_optimizer.step(&mut values, &mut optimizer_state, &mean);
-    let adapter = Adapter::new(task.layout.clone(), values)?;
-    Ok(Advance { adapter, optimizer_state, update_norm: l2_norm(&mean), clipping_norm, privacy })
+    task.layout.check(&values)?;
+    Ok(Advance { values, optimizer_state, update_norm: l2_norm(&mean), clipping_norm, privacy })
 }
 
 fn mean(task: &Task, sum: &RunningSum) -> (Vec<f32>, Option<PrivacyRecord>) {
@@ -231,7 +239,20 @@ fn next_norm(task: &Task, privacy: Option<&PrivacyRecord>) -> Option<f32> {
     Some(adaptation.next(task.clipping_norm(), unclipped).value())
 }
 
-/// The adapter as devices run it: GGUF LoRA in half precision, bound to the base model's hash.
-fn release_bytes(task: &Task, adapter: &Adapter) -> Result<Vec<u8>, AdapterError> {
-    to_gguf_lora(adapter, &task.base, WeightFormat::F16, &Metadata::default())
+/// What devices run: an adapter as GGUF LoRA in half precision, bound to the base model's hash, or a whole model.
+pub(super) fn release_bytes(
+    spec: &TaskSpec,
+    base: &BaseModel,
+    layout: &TrainedLayout,
+    values: &[f32],
+) -> Result<Vec<u8>, AdapterError> {
+    match layout {
+        TrainedLayout::Lora(layout) => {
+            let adapter = Adapter { layout: Arc::clone(layout), values: values.to_vec() };
+            to_gguf_lora(&adapter, base, WeightFormat::F16, &Metadata::default())
+        }
+        TrainedLayout::Full(layout) => {
+            Ok(stored(layout, base, values, spec.release_format)?.to_gguf_bytes(&Metadata::default()))
+        }
+    }
 }

@@ -5,6 +5,7 @@ use super::{
     CoreSetup,
     commit::{Commit, CommitId, TaskProgress},
     error::CoreError,
+    finish::release_bytes,
     session::SessionKey,
 };
 use crate::{
@@ -13,26 +14,29 @@ use crate::{
     privacy::PrivacySpec,
 };
 use fleetune_model::{
-    adapter::{Adapter, AdapterLayout, LoraConfig},
     base::BaseModel,
+    trained::{TrainedConfig, TrainedLayout},
+    weights::WeightFormat,
 };
 use fleetune_privacy::ClippingNorm;
 use fleetune_proto::{
-    AdapterPlan, AggregationPlan, Digest, Name, Purpose, SecurePlan, TaskOffer, TaskPlan, TrainingPlan,
-    UnixMillis,
+    AdapterPlan, AggregationPlan, Digest, LoraShape, Name, Purpose, SecurePlan, TaskOffer, TaskPlan,
+    TrainedShape, TrainingPlan, UnixMillis,
     round::{Participant, Phase, Round, RoundCounts, RoundId, RoundPolicy, SecureSetup},
     seal,
 };
 use fleetune_secagg::{CohortPlan, DeviceId, SessionId, SessionParts, Terms, solve};
 use std::{collections::BTreeSet, sync::Arc};
 
-/// What an operator asks for: one adapter, trained over some rounds, released at the end.
+/// What an operator asks for: one adapter or small model, trained over some rounds, released at the end.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskSpec {
     /// The task.
     pub name: Name,
-    /// Shape of the adapter.
-    pub lora: LoraConfig,
+    /// What is trained.
+    pub trained: TrainedConfig,
+    /// How a fully trained model is released: F32, F16 or Q8_0. Adapters are released in F16 whatever this says.
+    pub release_format: WeightFormat,
     /// Local training.
     pub training: TrainingPlan,
     /// From the update to the aggregate.
@@ -64,14 +68,14 @@ pub struct TaskStatus {
     pub stage: &'static str,
     /// The numbers of the round that is open.
     pub counts: RoundCounts,
-    /// The adapter that the round starts from.
+    /// The checkpoint that the round starts from.
     pub checkpoint: Digest,
 }
 
 pub(super) struct Task {
     pub(super) spec: TaskSpec,
     pub(super) base: Arc<BaseModel>,
-    pub(super) layout: Arc<AdapterLayout>,
+    pub(super) layout: TrainedLayout,
     pub(super) plan: TaskPlan,
     pub(super) plan_envelope: Vec<u8>,
     pub(super) plan_sha256: [u8; 32],
@@ -130,16 +134,18 @@ impl Task {
         commit_id: CommitId,
     ) -> Result<Self, CoreError> {
         let task = spec.name.clone();
-        let layout = AdapterLayout::new(&base.config, &spec.lora)
-            .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
-        let layout = Arc::new(layout);
+        let refused = |source| CoreError::Adapter { task: task.clone(), source };
+        let layout = TrainedLayout::new(&base, &spec.trained).map_err(refused)?;
         let plan = checked_plan(&spec, &base, base_digest, &layout, setup)?;
         let plan_sha256 = Digest::of(&plan.to_bytes()).sha256;
         let plan_envelope = seal(Purpose::Plan, plan.to_bytes(), &[&setup.signing_key]);
-        let progress = Arc::new(first_progress(&spec, &layout, &plan, resume)?);
-        let adapter = Adapter::new(layout.clone(), progress.adapter.clone())
-            .map_err(|source| CoreError::Adapter { task: task.clone(), source })?;
-        let bytes = Arc::new(adapter.to_checkpoint_bytes());
+        let progress = Arc::new(first_progress(&spec, &base, &layout, &plan, resume)?);
+        layout.check(&progress.adapter).map_err(refused)?;
+        if spec.trained == TrainedConfig::Full {
+            // A format that does not fit the model is better refused now than after the last round.
+            release_bytes(&spec, &base, &layout, &progress.adapter).map_err(refused)?;
+        }
+        let bytes = Arc::new(layout.to_checkpoint_bytes(&progress.adapter));
         let checkpoint = Digest::of(&bytes);
         let stage = if progress.round >= spec.rounds {
             Stage::Finished
@@ -314,7 +320,8 @@ impl Pending {
 /// Where the task begins, or goes on: an attempt that may have been under way is not taken up again.
 fn first_progress(
     spec: &TaskSpec,
-    layout: &Arc<AdapterLayout>,
+    base: &BaseModel,
+    layout: &TrainedLayout,
     plan: &TaskPlan,
     resume: Option<TaskProgress>,
 ) -> Result<TaskProgress, CoreError> {
@@ -326,7 +333,7 @@ fn first_progress(
     }
     let mut progress = match resume {
         Some(held) => TaskProgress { attempt: held.attempt.saturating_add(1), ..held },
-        None => TaskProgress { adapter: Adapter::init(layout.clone()).values, ..TaskProgress::default() },
+        None => TaskProgress { adapter: layout.initial_values(base), ..TaskProgress::default() },
     };
     progress.protection = protection;
     if progress.optimizer_state.is_empty() {
@@ -359,7 +366,7 @@ fn checked_plan(
     spec: &TaskSpec,
     base: &BaseModel,
     base_digest: Digest,
-    layout: &AdapterLayout,
+    layout: &TrainedLayout,
     setup: &CoreSetup,
 ) -> Result<TaskPlan, CoreError> {
     if base_digest.sha256 != base.sha256 {
@@ -386,17 +393,21 @@ fn checked_plan(
     TaskPlan::parse(&plan.to_bytes()).map_err(|source| CoreError::Plan { task: spec.name.clone(), source })
 }
 
-fn adapter_plan(layout: &AdapterLayout) -> AdapterPlan {
-    let config = layout.config();
-    AdapterPlan {
-        rank: u32::try_from(config.rank).expect("the layout bounds the rank"),
-        alpha: config.alpha,
-        targets: config.targets.iter().map(|target| target.name().to_owned()).collect(),
-        freeze_a: config.freeze_a,
-        init_seed: config.init_seed,
-        layout_sha256: layout.sha256(),
-        dimension: layout.len(),
-    }
+fn adapter_plan(layout: &TrainedLayout) -> AdapterPlan {
+    let shape = match layout {
+        TrainedLayout::Full(_) => TrainedShape::Full,
+        TrainedLayout::Lora(layout) => {
+            let config = layout.config();
+            TrainedShape::Lora(LoraShape {
+                rank: u32::try_from(config.rank).expect("the layout bounds the rank"),
+                alpha: config.alpha,
+                targets: config.targets.iter().map(|target| target.name().to_owned()).collect(),
+                freeze_a: config.freeze_a,
+                init_seed: config.init_seed,
+            })
+        }
+    };
+    AdapterPlan { shape, layout_sha256: layout.sha256(), dimension: layout.len() }
 }
 
 fn check_round_policy(spec: &TaskSpec) -> Result<(), CoreError> {

@@ -1,18 +1,22 @@
 //! The core against the shipped device machine, in virtual time (`tests/world.rs`), and call by call
 //! (`tests/calls.rs`). Under secure aggregation: `tests/secure.rs` and `tests/secure_calls.rs`; with
-//! differential privacy: `tests/privacy.rs`.
+//! differential privacy: `tests/privacy.rs`; with all weights of a model trained: `tests/full.rs`.
 
 mod calls;
+mod full;
 mod privacy;
 mod secure;
 mod secure_calls;
 mod world;
 
 use crate::{Core, CoreError, CoreEvent, RoundOutcome, ServerOptimizer, TaskProgress};
-use fleetune_model::adapter::{Adapter, AdapterLayout};
+use fleetune_model::{
+    adapter::{Adapter, AdapterLayout, LoraConfig},
+    trained::TrainedConfig,
+};
 use fleetune_proto::{Purpose, ReleaseManifest, UnixMillis, device::Event};
 use std::sync::Arc;
-use world::{Actor, World, made_up_delta, name, setup, spec, trust_root};
+use world::{Actor, World, lora, made_up_delta, name, setup, spec, trust_root};
 
 #[test]
 fn a_task_runs_to_a_release_that_every_device_installs() {
@@ -43,7 +47,7 @@ fn a_task_runs_to_a_release_that_every_device_installs() {
 fn the_final_adapter_is_the_sum_of_the_rounds_means() {
     let mut world = World::with_task(3, spec(3));
     world.run_to_end();
-    let layout = Arc::new(AdapterLayout::new(&world.base.config, &spec(3).lora).unwrap());
+    let layout = Arc::new(AdapterLayout::new(&world.base.config, &lora()).unwrap());
     let mut expected: Vec<f64> = Adapter::init(layout.clone()).values.iter().map(|v| f64::from(*v)).collect();
     for (round, device) in (0..3).flat_map(|round| (0..3).map(move |device| (round, device))) {
         let delta = made_up_delta(device, round, layout.len());
@@ -185,7 +189,7 @@ fn senseless_specs_are_refused_and_change_nothing() {
     check("plan.training.steps: 0", &|s| s.training.steps = 0);
     check("selected_max is below report_goal", &|s| s.round_policy.selected_max = 3);
     check("reports_min is below", &|s| s.round_policy.reports_min = 1);
-    check("lora rank", &|s| s.lora.rank = 0);
+    check("lora rank", &|s| s.trained = TrainedConfig::Lora(LoraConfig { rank: 0, ..lora() }));
     check("learning_rate", &|s| s.server_optimizer = ServerOptimizer::FedAvg { learning_rate: 0.0 });
     assert!(world.core.poll_commit().is_none() && world.core.is_finished());
     let short = TaskProgress { adapter: vec![0.0; 3], ..TaskProgress::default() };

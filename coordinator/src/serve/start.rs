@@ -6,10 +6,7 @@ use crate::{
     config::{Config, ConfigError, TaskConfig},
     store::{Store, StoredProgress},
 };
-use fleetune_model::{
-    adapter::{Adapter, AdapterLayout},
-    base::BaseModel,
-};
+use fleetune_model::{base::BaseModel, error::AdapterError, trained::TrainedLayout};
 use fleetune_proto::Digest;
 use std::{
     collections::BTreeMap,
@@ -52,10 +49,10 @@ async fn add_task(
     let (rounds, name) = (spec.rounds, spec.name.clone());
     let resume = match stored.and_then(|stored| stored.progress) {
         Some(progress) => {
-            let layout = AdapterLayout::new(&base.config, &spec.lora)
+            let layout = TrainedLayout::new(&base, &spec.trained)
                 .map_err(|source| ServeError::Resume { task: name.clone(), source })?;
             tracing::info!(task = %name, round = progress.round, checkpoint = %progress.checkpoint, "task resumes");
-            let adapter = read_checkpoint(store, &progress, layout)?;
+            let adapter = read_checkpoint(store, &progress, &layout)?;
             let adapter = adapter.map_err(|source| ServeError::Resume { task: name.clone(), source })?;
             Some(read_progress(store, &progress, adapter)?)
         }
@@ -69,16 +66,16 @@ async fn add_task(
 fn read_checkpoint(
     store: &Store,
     progress: &StoredProgress,
-    layout: AdapterLayout,
-) -> Result<Result<Adapter, fleetune_model::error::AdapterError>, ServeError> {
+    layout: &TrainedLayout,
+) -> Result<Result<Vec<f32>, AdapterError>, ServeError> {
     let bytes = store.blobs().read(&progress.checkpoint)?;
-    Ok(Adapter::from_checkpoint_bytes(Arc::new(layout), &bytes))
+    Ok(layout.values_from_checkpoint(&bytes))
 }
 
 fn read_progress(
     store: &Store,
     progress: &StoredProgress,
-    adapter: Adapter,
+    adapter: Vec<f32>,
 ) -> Result<TaskProgress, ServeError> {
     let optimizer = store.blobs().read(&progress.optimizer)?;
     let values = optimizer.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
@@ -86,7 +83,7 @@ fn read_progress(
     #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
     let clipping_norm = progress.clipping_norm.map(|norm| norm as f32);
     let optimizer_state = values.collect();
-    let (adapter, protection) = (adapter.values, progress.protection.clone());
+    let protection = progress.protection.clone();
     Ok(TaskProgress { round, attempt, adapter, optimizer_state, clipping_norm, protection })
 }
 

@@ -18,7 +18,7 @@ pub(super) async fn insert(
     .bind(population.as_str())
     .bind(to_row(release.version()))
     .bind(release.manifest.task.as_str())
-    .bind(release.manifest.adapter.hex())
+    .bind(release.manifest.trained().hex()) // the adapter, or the whole model
     .bind(release.manifest.to_bytes())
     .bind(release.envelope.as_slice())
     .execute(connection)

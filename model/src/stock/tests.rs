@@ -8,7 +8,7 @@ use crate::batch::Batch;
 use crate::fixtures::{adapter, base_of, blocks, config, layout, noise, parameters};
 use crate::full::FullTrainer;
 use crate::generic::{self, GenericOptions, GenericTrainer};
-use crate::train::{LoraTrainer, Trainer, Recompute, TrainerOptions};
+use crate::train::{LoraTrainer, Recompute, Trainer, TrainerOptions};
 use crate::weights::WeightFormat;
 
 /// Largest relative error (Euclidean) between our gradients and the oracle's.

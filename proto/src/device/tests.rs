@@ -79,7 +79,7 @@ fn manifest(version: u64) -> ReleaseManifest {
         version,
         task: name("lora"),
         base_model: Digest::of(b"base"),
-        adapter: Digest::of(b"adapter"),
+        adapter: Some(Digest::of(b"adapter")),
         rounds: 3,
         created: UnixMillis(1),
         expires: UnixMillis(1_000_000),
@@ -403,6 +403,18 @@ fn installs_a_newer_release_and_never_an_older_one() {
     device.handle_response(Response::ReportRelease, now);
     now = device.poll_timeout().unwrap();
     assert_eq!(check_in(&mut device, no_work(None), now).release_version, 6);
+}
+
+#[test]
+fn a_release_without_an_adapter_is_one_file() {
+    let mut device = device();
+    let whole = ReleaseManifest { adapter: None, ..manifest(2) };
+    check_in(&mut device, no_work(Some(seal(Purpose::Release, whole.to_bytes(), &[&key(1)]))), NOW);
+    let fetched = device.poll_action(NOW);
+    assert!(matches!(fetched, Some(Action::Fetch(digest)) if digest == whole.base_model), "{fetched:?}");
+    device.handle_fetched(NOW);
+    let install = device.poll_action(NOW);
+    assert!(matches!(&install, Some(Action::Install(order)) if order.manifest == whole), "{install:?}");
 }
 
 #[test]

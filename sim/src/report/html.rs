@@ -8,6 +8,7 @@ mod plot;
 mod text;
 
 use super::{LocalOnlyReport, PrivacyReport, ReleaseReport, Report, Sample, words};
+use crate::next_word::{NextWord, Recall};
 use lines::Scope;
 use text::{escape, folded, table};
 
@@ -23,6 +24,7 @@ pub(crate) fn render(report: &Report) -> String {
         learning(report),
         local_only(&report.local_only),
         fleet(report),
+        next_word(report),
         rounds(report),
         report.release.as_ref().map_or_else(no_release, release),
         reproduce(report),
@@ -66,12 +68,11 @@ fn header(report: &Report) -> String {
 fn setting(report: &Report) -> String {
     let contributions: u64 = report.rounds.iter().map(|round| u64::from(round.completed)).sum();
     format!(
-        "A fleet of {} fine-tuned {} ({} parameters) through an adapter of {} values: {} and {}, {} tokens. It took \
-         {} on {}.",
+        "A fleet of {} trained {} ({} parameters, {}): {} and {}, {} tokens. It took {} on {}.",
         words::plural(report.data.users as u64, "user"),
         report.model.name,
         words::count(report.model.parameters),
-        words::count(report.model.trainable),
+        words::trained(report),
         words::plural(report.rounds.len() as u64, "round"),
         words::plural(contributions, "contribution"),
         words::count(report.rounds.last().map_or(0, |round| round.tokens)),
@@ -230,6 +231,30 @@ fn fleet(report: &Report) -> String {
         "<section>\n<h2>Rounds of the fleet</h2>\n<div class=\"plots\">\n{}{}</div>\n</section>\n",
         figure("What became of selected devices", &bars::participation_plot(&report.rounds)),
         figure("Size of the step", &lines::update_norm_plot(&report.rounds)),
+    )
+}
+
+/// What keyboards are judged by; nothing if it was not asked for.
+fn next_word(report: &Report) -> String {
+    if report.next_word.is_empty() {
+        return String::new();
+    }
+    let columns = ["model", "NLL", "token", "in three", "word", "in three"];
+    let group = |caption: &str, of: fn(&NextWord) -> &Recall| {
+        let row = |at: &NextWord| {
+            let found = of(at);
+            let shares = [found.token_top1, found.token_top3, found.word_top1, found.word_top3];
+            [vec![at.model.clone(), words::nll(found.nll)], shares.map(words::percent).to_vec()].concat()
+        };
+        table(caption, &columns, &report.next_word.iter().map(row).collect::<Vec<_>>())
+    };
+    format!(
+        "<section>\n<h2>Next token, next word</h2>\n\
+         <p>How often the right one was the first guess, and among the first three. A word is offered when one of the \
+         three most likely first parts, completed greedily, gives it whole. Unigrams and bigrams are counted on the \
+         training texts of all users.</p>\n{}{}</section>\n",
+        group("Seen users", |row| &row.seen),
+        group("Held-out users", |row| &row.heldout),
     )
 }
 

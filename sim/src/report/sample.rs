@@ -15,6 +15,7 @@ pub(super) fn report() -> Report {
             sha256: "5a".repeat(32),
             parameters: 2_012_544,
             trainable: 92_160,
+            trains: "adapter".into(),
         },
         data: DataReport {
             name: "shakespeare_roles_cap400.jsonl.gz".into(),
@@ -47,6 +48,7 @@ pub(super) fn report() -> Report {
         },
         r#final: FinalReport { scores: scores(4.211, 4.184), adapter_sha256: "1f".repeat(32) },
         gain: GainReport { seen: 0.947, heldout: 0.957 },
+        next_word: Vec::new(),
         release: Some(ReleaseReport {
             version: 1,
             base_bytes: 2_345_678,

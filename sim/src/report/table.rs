@@ -1,6 +1,7 @@
 //! The short table that a run prints at its end. The page (`html.rs`) says the same and more.
 
 use super::{Report, Scores, words};
+use crate::next_word::Recall;
 
 /// Width of the column that names a row.
 const NAME: usize = 22;
@@ -18,12 +19,18 @@ pub(crate) fn table(report: &Report) -> String {
         &words::percent(report.gain.heldout),
         "",
     ));
+    lines.extend(next_word(report));
     lines.push(String::new());
     lines.push(local_only(report));
     lines.push(fleet(report));
     lines.extend(release(report));
     lines.push(cost(report));
-    lines.push(format!("adapter     sha256 {}, seed {}", report.r#final.adapter_sha256, report.seed));
+    lines.push(format!(
+        "{:<11} sha256 {}, seed {}",
+        plain(&report.model.trains),
+        report.r#final.adapter_sha256,
+        report.seed
+    ));
     lines.extend(
         report.secure_aggregation.as_ref().map(|s| format!("{:<11} {}", report.aggregation, s.in_words())),
     );
@@ -37,10 +44,10 @@ pub(crate) fn table(report: &Report) -> String {
 
 fn title(report: &Report) -> String {
     format!(
-        "{}: {} parameters, adapter of {} values; {}, {} held out",
+        "{}: {} parameters, {}; {}, {} held out",
         plain(&report.model.name),
         words::count(report.model.parameters),
-        words::count(report.model.trainable),
+        words::trained(report),
         words::plural(report.data.users as u64, "user"),
         words::count(report.data.heldout_users as u64)
     )
@@ -64,6 +71,23 @@ fn row(name: &str, scores: &Scores) -> String {
 fn cells(name: &str, seen: &str, seen_accuracy: &str, heldout: &str, heldout_accuracy: &str) -> String {
     let line = format!("{name:<NAME$}{seen:>10}{seen_accuracy:>10}{heldout:>12}{heldout_accuracy:>10}");
     line.trim_end().into()
+}
+
+/// The figures of keyboards; nothing if they were not asked for.
+fn next_word(report: &Report) -> Vec<String> {
+    if report.next_word.is_empty() {
+        return Vec::new();
+    }
+    let recall = |at: &Recall| [at.token_top1, at.token_top3, at.word_top1, at.word_top3].map(words::percent);
+    let line = |name: &str, [a, b, c, d]: [String; 4], [e, f, g, h]: [String; 4]| {
+        format!("{name:<NAME$}{a:>9}{b:>9}{c:>9}{d:>9}  {e:>9}{f:>9}{g:>9}{h:>9}")
+    };
+    let columns = || ["token", "in 3", "word", "in 3"].map(str::to_owned);
+    let mut lines = vec![String::new(), line("recall: seen, held-out", columns(), columns())];
+    lines.extend(
+        report.next_word.iter().map(|row| line(&plain(&row.model), recall(&row.seen), recall(&row.heldout))),
+    );
+    lines
 }
 
 fn local_only(report: &Report) -> String {
@@ -94,11 +118,13 @@ fn fleet(report: &Report) -> String {
 
 fn release(report: &Report) -> Option<String> {
     let release = report.release.as_ref()?;
+    let files = match release.adapter_bytes {
+        0 => format!("model {}", words::bytes(release.base_bytes)),
+        bytes => format!("base {}, adapter {}", words::bytes(release.base_bytes), words::bytes(bytes)),
+    };
     Some(format!(
-        "release     version {}: base {}, adapter {}; runs on {}, NLL {}",
+        "release     version {}: {files}; runs on {}, NLL {}",
         release.version,
-        words::bytes(release.base_bytes),
-        words::bytes(release.adapter_bytes),
         words::plural(u64::from(release.devices_active), "device"),
         words::nll(release.eval_nll)
     ))
@@ -121,6 +147,7 @@ fn plain(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{super::sample, *};
+    use crate::next_word::NextWord;
 
     #[test]
     fn fits_a_terminal_and_holds_the_figures() {
@@ -130,6 +157,24 @@ mod tests {
         assert_eq!(lines[5], "federated                  4.211    29.8 %       4.184    30.2 %");
         assert_eq!(lines[6], "share of the gain         94.7 %                95.7 %");
         assert!(table.contains("privacy     This run was not private"), "{table}");
+    }
+
+    #[test]
+    fn the_figures_of_keyboards_stand_below_each_other() {
+        let mut report = sample::report();
+        let seen = Recall {
+            token_top1: 0.25,
+            token_top3: 0.4,
+            word_top1: 0.125,
+            word_top3: 0.25,
+            ..Recall::default()
+        };
+        report.next_word = vec![NextWord { model: "bigrams".into(), seen, heldout: seen }];
+        let table = table(&report);
+        let line = table.lines().find(|line| line.starts_with("bigrams")).expect("a line");
+        assert!(line.contains("25.0 %   40.0 %   12.5 %   25.0 %"), "{line}");
+        let columns = table.lines().find(|line| line.starts_with("recall:")).expect("a line");
+        assert!(columns.len() <= 100 && columns.len() == line.len(), "{columns}\n{line}");
     }
 
     #[test]

@@ -41,6 +41,14 @@ pub(super) fn against_local_only(report: &Report) -> String {
     }
 }
 
+/// What was trained: "adapter of 92,160 values".
+pub(super) fn trained(report: &Report) -> String {
+    match report.model.trains.as_str() {
+        "model" => "all of them trained".into(),
+        _ => format!("adapter of {} values", count(report.model.trainable)),
+    }
+}
+
 /// "65,536".
 pub(super) fn count(value: u64) -> String {
     let digits = value.to_string();

@@ -7,8 +7,9 @@ use fleetune_privacy::{
     StatementParts,
 };
 use fleetune_proto::{
-    AdapterPlan, AggregationPlan, AggregationProtocol, Digest, Name, Optimizer, PopulationPolicy, Purpose,
-    ReleaseManifest, SecurePlan, TaskOffer, TaskPlan, TrainingPlan, UnixMillis, seal, secure, wire,
+    AdapterPlan, AggregationPlan, AggregationProtocol, Digest, LoraShape, Name, Optimizer, PopulationPolicy,
+    Purpose, ReleaseManifest, SecurePlan, TaskOffer, TaskPlan, TrainedShape, TrainingPlan, UnixMillis, seal,
+    secure, wire,
 };
 use fleetune_secagg::{
     Assumptions, Certificate, CohortPlan, Device, DevicePolicy, Floors, Gathering, Identity, MaskSuite,
@@ -155,11 +156,13 @@ fn plan() -> TaskPlan {
         task: name("lora"),
         base_model: Digest::of(b"base"),
         adapter: AdapterPlan {
-            rank: 8,
-            alpha: 16.0,
-            targets: vec!["q".into(), "v".into()],
-            freeze_a: false,
-            init_seed: 7,
+            shape: TrainedShape::Lora(LoraShape {
+                rank: 8,
+                alpha: 16.0,
+                targets: vec!["q".into(), "v".into()],
+                freeze_a: false,
+                init_seed: 7,
+            }),
             layout_sha256: [3; 32],
             dimension: 4,
         },
@@ -263,7 +266,7 @@ fn manifest() -> ReleaseManifest {
         version: 3,
         task: name("lora"),
         base_model: Digest::of(b"base"),
-        adapter: Digest::of(b"adapter"),
+        adapter: Some(Digest::of(b"adapter")),
         rounds: 3,
         created: UnixMillis(1),
         expires: UnixMillis(1_000_000),

@@ -67,7 +67,8 @@ fn continue_prompt(
     };
     let prompt = model.base.tokenizer.encode(&arguments.prompt, true);
     let engine = Engine::new(Arc::clone(&model.base));
-    let mut sequence = engine.sequence(Some(engine.load_adapter(&model.adapter)?));
+    let adapter = model.adapter.as_ref().map(|adapter| engine.load_adapter(adapter)).transpose()?;
+    let mut sequence = engine.sequence(adapter);
     continue_ids(&engine, &mut sequence, &prompt, &sampling, on_token)?;
     Ok(())
 }

@@ -42,7 +42,8 @@ struct Release {
     rounds: u32,
     created_unix_ms: u64,
     base_model_sha256: String,
-    adapter_sha256: String,
+    /// Absent when the base is a fully trained model.
+    adapter_sha256: Option<String>,
     privacy_statement: String,
 }
 
@@ -70,7 +71,7 @@ fn read(arguments: &StatusArguments) -> Result<Status> {
         rounds: manifest.rounds,
         created_unix_ms: manifest.created.0,
         base_model_sha256: manifest.base_model.hex(),
-        adapter_sha256: manifest.adapter.hex(),
+        adapter_sha256: manifest.adapter.map(|adapter| adapter.hex()),
         privacy_statement: manifest.privacy_statement,
     });
     let public_key = hex::encode(identity::public_key(&arguments.state)?);
@@ -101,8 +102,13 @@ fn print(status: &Status, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "previous    {}", version(status.releases.previous))?;
     if let Some(release) = &status.release {
         writeln!(out, "trained by  task {}, {} rounds", release.task, release.rounds)?;
-        writeln!(out, "base        {}", release.base_model_sha256)?;
-        writeln!(out, "adapter     {}", release.adapter_sha256)?;
+        match &release.adapter_sha256 {
+            Some(adapter) => {
+                writeln!(out, "base        {}", release.base_model_sha256)?;
+                writeln!(out, "adapter     {adapter}")?;
+            }
+            None => writeln!(out, "model       {}, fully trained", release.base_model_sha256)?,
+        }
         writeln!(out, "privacy     {}", release.privacy_statement)?;
     }
     writeln!(out, "blobs       {}, {} bytes", status.blobs, status.blob_bytes)

@@ -1,8 +1,7 @@
 //! Single calls, as a broken or hostile device would make them.
 
-use super::world::{World, made_up_delta, name, spec};
+use super::world::{World, made_up_delta, name, spec, wide_lora};
 use crate::{TaskSpec, limits::UPLOAD_IDLE_MS_MAX};
-use fleetune_model::config::Projection;
 use fleetune_privacy::clip;
 use fleetune_proto::{
     Digest, FailureKind, PopulationPolicy, Purpose, UnixMillis,
@@ -17,8 +16,7 @@ use fleetune_secagg::RingVector;
 /// A world whose updates are too large to travel inline, without device machines.
 fn world() -> World {
     let mut big = spec(3);
-    big.lora.rank = 16;
-    big.lora.targets = Projection::ALL.to_vec();
+    big.trained = wide_lora(16);
     let mut world = World::with_task(0, big);
     keep(&mut world);
     world
@@ -269,8 +267,7 @@ fn uploads_have_slots_and_idle_ones_are_given_away() {
 #[test]
 fn an_idle_upload_gives_its_slot_to_another_and_starts_over() {
     let mut slow = spec(3);
-    slow.lora.rank = 16;
-    slow.lora.targets = Projection::ALL.to_vec();
+    slow.trained = wide_lora(16);
     slow.round_policy.report_ms = 10 * UPLOAD_IDLE_MS_MAX;
     let mut world = World::with_task(0, slow);
     keep(&mut world);

@@ -2,7 +2,6 @@
 
 use super::world::{Actor, Fault, Step, World, made_up_delta, name, secure_spec};
 use crate::{CoreError, NoiseSpec, PrivacySpec, RoundOutcome, TaskSpec};
-use fleetune_model::adapter::Adapter;
 use fleetune_privacy::{
     AdaptationTarget, ClippingNorm, Delta, Guarantee, Mechanism, NoiseCohort, PrivacyStatement, Purpose,
 };
@@ -14,7 +13,7 @@ fn norm(value: f32) -> ClippingNorm {
     ClippingNorm::new(value).unwrap()
 }
 
-fn privacy(participations_max: u32) -> PrivacySpec {
+pub(super) fn privacy(participations_max: u32) -> PrivacySpec {
     PrivacySpec {
         mechanism: Mechanism::Skellam,
         noise: NoiseSpec::Epsilon(8.0),
@@ -29,7 +28,7 @@ fn privacy(participations_max: u32) -> PrivacySpec {
 }
 
 /// Rounds of eight devices, of which two may be lost; no colluder is assumed among so few.
-fn private(rounds: u32, privacy: PrivacySpec) -> TaskSpec {
+pub(super) fn private(rounds: u32, privacy: PrivacySpec) -> TaskSpec {
     let mut spec = TaskSpec { rounds, privacy: Some(privacy), ..secure_spec(8) };
     spec.aggregation.secure.as_mut().unwrap().cohort_max = 8;
     spec.aggregation.summands_min = 6;
@@ -77,7 +76,7 @@ fn the_adapter_moves_by_the_mean_and_noise_of_the_stated_size() {
     let mut world = World::with_task(8, private(1, privacy(1)));
     world.run_to_end();
     let task = &world.core.tasks[&name("lora")];
-    let start = Adapter::init(task.layout.clone()).values;
+    let start = task.layout.initial_values(&world.base);
     let record = world.records()[0].aggregation.privacy.unwrap();
     let deviation = record.noise_deviation.unwrap();
     let mut squares = 0.0;

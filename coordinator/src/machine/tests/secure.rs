@@ -1,9 +1,8 @@
 //! Secure aggregation between the core and the shipped device machine, in virtual time: who is lost when, who
 //! comes back, who lies, and what is left of the round.
 
-use super::world::{Fault, Step, World, made_up_delta, name, secure_spec, spec};
+use super::world::{Fault, Step, World, made_up_delta, name, secure_spec, spec, wide_lora};
 use crate::{CohortRecord, CoreEvent, RoundOutcome, RoundRecord, TaskSpec};
-use fleetune_model::{adapter::Adapter, config::Projection};
 use fleetune_proto::{
     device::{Event, Request},
     round::RoundPolicy,
@@ -27,7 +26,7 @@ fn all_of(cohort: u32, rounds: u32) -> TaskSpec {
 /// The world's adapter is the start plus the mean of these devices' updates, round by round.
 pub(super) fn check_adapter(world: &World, rounds: &[Vec<usize>]) {
     let layout = world.core.tasks[&name("lora")].layout.clone();
-    let mut expected: Vec<f64> = Adapter::init(layout.clone()).values.iter().map(|v| f64::from(*v)).collect();
+    let mut expected: Vec<f64> = layout.initial_values(&world.base).iter().map(|v| f64::from(*v)).collect();
     for (round, devices) in (0..).zip(rounds) {
         for device in devices {
             let delta = made_up_delta(*device, round, layout.len());
@@ -206,8 +205,7 @@ fn a_device_that_comes_back_too_late_is_told_so_and_takes_part_in_the_next_round
 #[test]
 fn large_updates_go_up_in_chunks_and_survive_crashes_on_the_way() {
     let mut big = one_round(5);
-    big.lora.rank = 20;
-    big.lora.targets = Projection::ALL.to_vec();
+    big.trained = wide_lora(20);
     let mut calm = World::with_task(5, big.clone());
     calm.run_to_end();
     let mut world = World::with_task(5, big);
@@ -334,7 +332,7 @@ fn the_last_round_given_up_still_publishes_the_release() {
     assert!(failure(&world.records()[0]).ends_with(GIVEN_UP));
     let release = world.core.release().unwrap();
     assert_eq!(release.version(), 1);
-    assert!(world.blobs.contains_key(&release.manifest.adapter));
+    assert!(world.blobs.contains_key(&release.manifest.trained()));
     assert!(world.events.contains(&CoreEvent::TaskFinished { task: name("lora") }));
     world.run_until(|world| {
         world.actors[3..].iter().all(|actor| actor.events.contains(&Event::ReleaseActive(1)))

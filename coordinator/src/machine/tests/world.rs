@@ -5,7 +5,7 @@ mod actor;
 mod made_up;
 
 pub(super) use actor::{Actor, Fault, Step};
-pub(super) use made_up::{made_up_delta, name, secure_spec, setup, spec, trust_root};
+pub(super) use made_up::{lora, made_up_delta, name, secure_spec, setup, spec, trust_root, wide_lora};
 
 use crate::{Commit, Core, CoreEvent, OpeningWork, RoundRecord, SumCharge, TaskProgress, TaskSpec};
 use fleetune_model::{adapter_formats::from_gguf_lora, base::BaseModel};
@@ -207,7 +207,13 @@ impl World {
                 actor.training = Some((now.plus(actor.training_ms), delta));
             }
             Some(Action::Install(order)) => {
-                from_gguf_lora(&self.blobs[&order.manifest.adapter], &self.base).unwrap();
+                match order.manifest.adapter {
+                    Some(adapter) => _ = from_gguf_lora(&self.blobs[&adapter], &self.base).unwrap(),
+                    None => {
+                        let model = self.blobs[&order.manifest.base_model].to_vec();
+                        BaseModel::from_gguf_bytes(model).unwrap();
+                    }
+                }
                 actor.installed(order.manifest.version, now);
             }
             None => {}

@@ -9,6 +9,7 @@ use fleetune_model::{
     family::Family,
     gguf::Metadata,
     tokenizer::{SpecialTokens, train_bpe},
+    trained::TrainedConfig,
     weights::{WeightFormat, WeightMatrix},
 };
 use fleetune_privacy::{ClippingNorm, NoiseOrigin};
@@ -36,17 +37,27 @@ pub(in super::super) fn trust_root() -> TrustRoot {
     TrustRoot::new(&[SigningKey::from_bytes(&[9; 32]).verifying_key().to_bytes()], 1).unwrap()
 }
 
+pub(in super::super) fn lora() -> LoraConfig {
+    LoraConfig {
+        rank: 2,
+        alpha: 4.0,
+        targets: vec![Projection::Q, Projection::V],
+        freeze_a: false,
+        init_seed: 7,
+    }
+}
+
+/// The same over every projection, at that rank.
+pub(in super::super) fn wide_lora(rank: usize) -> TrainedConfig {
+    TrainedConfig::Lora(LoraConfig { rank, targets: Projection::ALL.to_vec(), ..lora() })
+}
+
 /// Three rounds of `cohort` devices, all of which are awaited.
 pub(in super::super) fn spec(cohort: u32) -> TaskSpec {
     TaskSpec {
         name: name("lora"),
-        lora: LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-            targets: vec![Projection::Q, Projection::V],
-            freeze_a: false,
-            init_seed: 7,
-        },
+        trained: TrainedConfig::Lora(lora()),
+        release_format: WeightFormat::Q8_0,
         training: TrainingPlan {
             steps: 2,
             batch_size: 1,
