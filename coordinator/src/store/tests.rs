@@ -79,7 +79,7 @@ fn release(version: u64, adapter: Digest) -> PublishedRelease {
         version,
         task: name("lora"),
         base_model: Digest::of(b"base"),
-        adapter,
+        adapter: Some(adapter),
         rounds: 3,
         created: UnixMillis(1),
         expires: UnixMillis(2),

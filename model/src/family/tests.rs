@@ -17,7 +17,7 @@ use crate::config::Projection;
 use crate::eval::{last_logits, token_nlls};
 use crate::full::FullTrainer;
 use crate::infer::{Engine, Sequence, Span};
-use crate::train::{LoraTrainer, Precision, TrainerOptions};
+use crate::train::{LoraTrainer, Precision, Recompute, TrainerOptions};
 use crate::weights::{WeightFormat, WeightMatrix};
 
 pub(super) const FAMILIES: [&str; 4] = ["llama", "qwen2", "qwen3", "gemma3"];
@@ -137,7 +137,7 @@ fn gradients_are_those_of_torch() {
             }
         }
         eprintln!("{family}: worst relative error of a factor's gradient {worst:.1e}");
-        let recompute = TrainerOptions { recompute: true, ..TrainerOptions::default() };
+        let recompute = TrainerOptions { recompute: Recompute::Always, ..TrainerOptions::default() };
         assert_eq!(gradient(&base, &adapter, &expected.ids, recompute), (loss, found.clone()), "{family}");
         let rounded = TrainerOptions { precision: Precision::Bf16, ..TrainerOptions::default() };
         let error = relative_error(&gradient(&base, &adapter, &expected.ids, rounded).1, &found);

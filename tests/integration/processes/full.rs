@@ -47,6 +47,7 @@ fn small_base() -> Vec<u8> {
     let embedded =
         BaseModel::open(&root().join("sim/base/fleetune-base.q8_0.gguf")).expect("the embedded base");
     let config = ModelConfig {
+        family: fleetune_model::family::Family::Llama,
         name: "small".into(),
         vocab_size: embedded.tokenizer.vocab_size(),
         hidden: 32,

@@ -65,7 +65,7 @@ fn child(file: &Path, words: &str) {
     let summary = fine_tune(&mut trainer, &mut values, &blocks, &plan(4, 256), 1, &mut || false).unwrap();
     assert!(checkpoint.len() > 4 * values.len());
     let peak = status("VmHWM") - before + PROGRAM_BYTES;
-    println!("FOUND {} {peak}", summary.fit.memory_bytes.unwrap());
+    eprintln!("FOUND {} {peak}", summary.fit.memory_bytes.unwrap());
 }
 
 /// Each session has a process of its own: this test again, with the environment variable.
@@ -85,11 +85,10 @@ fn the_prediction_is_an_upper_bound_and_not_a_lax_one() {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([name, "--exact", "--nocapture", "--test-threads", "1"]);
         let output = command.env(CHILD, format!("{}\n{words}", file.display())).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
         let found = text.split("FOUND ").nth(1).unwrap_or_else(|| panic!("{words:?}: {text}"));
         let mut numbers = found.split_whitespace().map(|number| number.parse::<u64>().unwrap_or(0));
         let (predicted, peak) = (numbers.next().unwrap(), numbers.next().unwrap());
-        println!("{words:20} {predicted} {peak}");
         assert!(peak <= predicted, "{words:?}: {peak} of {predicted}");
         assert!(predicted <= peak + peak / 4 + (12 << 20), "{words:?}: {predicted} for {peak}");
     }
