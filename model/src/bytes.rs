@@ -41,6 +41,14 @@ impl SharedBytes {
         Ok(Self(Source::Mapped(Arc::new(map))))
     }
 
+    /// Whether the bytes are a mapped file's.
+    pub(crate) fn is_mapped(&self) -> bool {
+        match self.0 {
+            Source::Mapped(_) => true,
+            Source::Owned(_) | Source::Static(_) => false,
+        }
+    }
+
     /// Gives the memory of whole pages inside `range` back where they can be read from a file again.
     pub(crate) fn release(&self, range: std::ops::Range<usize>) {
         #[cfg(unix)]

@@ -22,7 +22,7 @@ use crate::base::BaseModel;
 use crate::batch::{InputError, check_ids};
 use crate::config::Projection;
 use crate::decoder::{embed, extras, heads, rope_tables};
-use crate::kernels::activation::add;
+use crate::kernels::activation::{add, scale};
 use crate::kernels::cross_entropy::nll_and_hits;
 use crate::kernels::extras::Half;
 use crate::kernels::int8::Packed;
@@ -229,6 +229,9 @@ impl Engine {
         };
         for (id, row) in ids.iter().zip(out.chunks_exact_mut(self.base.config.hidden)) {
             packed.row(*id as usize, row);
+        }
+        if self.base.config.embedding_scale() != 1.0 {
+            scale(out, self.base.config.embedding_scale());
         }
     }
 

@@ -322,7 +322,7 @@ impl LoraTrainer {
     fn shape<'a>(&'a self, plan: &'a LocalTraining) -> SessionShape<'a> {
         SessionShape {
             model: &self.base.config,
-            weight_bytes: budget::weight_bytes(&self.base),
+            weights: budget::weight_memory(&self.base),
             layout: &self.layout,
             optimizer: plan.optimizer,
             precision: self.options.precision,

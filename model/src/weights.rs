@@ -299,6 +299,14 @@ impl WeightMatrix {
         dequantize::dequantize(self.format, bytes, dst);
     }
 
+    /// Whether the values lie in a mapped file.
+    pub(crate) fn is_mapped(&self) -> bool {
+        match &self.storage {
+            Storage::Blocks(bytes, _) | Storage::Floats(Floats::Shared(bytes, _)) => bytes.is_mapped(),
+            Storage::Floats(Floats::Owned(_)) => false,
+        }
+    }
+
     /// Gives back the memory of a weight that lies in a mapped file, until it is read again.
     pub(crate) fn release(&self) {
         match &self.storage {

@@ -10,7 +10,9 @@ use crate::adapter::AdapterLayout;
 use crate::base::BaseModel;
 use crate::batch::Batch;
 use crate::config::{ModelConfig, Projection};
+use crate::family::Family;
 use crate::kernels::head::chunk_rows;
+use crate::weights::WeightMatrix;
 
 /// Tokens of a micro-batch. From here on a larger one saves no time that counts (measured on SmolLM2-135M: 4 %
 /// from 128 to 512 with bf16 products, 2 % from 256 to 512 with f32), and takes more memory.
@@ -28,14 +30,23 @@ const PASS_TOKENS: usize = 8;
 pub struct SessionShape<'a> {
     /// The model's sizes.
     pub model: &'a ModelConfig,
-    /// Bytes of its weights as they are stored, [`weight_bytes`].
-    pub weight_bytes: u64,
+    /// The memory of its weights, [`weight_memory`].
+    pub weights: WeightMemory,
     /// The adapter that is trained.
     pub layout: &'a AdapterLayout,
     /// The update rule.
     pub optimizer: OptimizerConfig,
     /// Of the products.
     pub precision: Precision,
+}
+
+/// Bytes of a model's weights that are in memory while it is trained upon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightMemory {
+    /// All the time: embedding, output, and layers that lie in the program's own memory.
+    pub kept: u64,
+    /// For each thread: the largest layer in a mapped file, whose pages are given back after each pass.
+    pub passing: u64,
 }
 
 /// How a batch is computed.
@@ -54,7 +65,7 @@ pub struct Cut {
 /// Bytes that a session takes, by what they are for. All of them are an upper bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryNeed {
-    /// The frozen weights; the pages of a mapped file count.
+    /// The frozen weights; of a mapped file's layers those that are being computed.
     pub weights: u64,
     /// The tokenizer.
     pub tokenizer: u64,
@@ -161,12 +172,21 @@ impl Fit {
     }
 }
 
-/// Bytes of a model's weights as they are stored.
+/// What of a model's weights is in memory while it is trained upon.
 #[must_use]
-pub fn weight_bytes(base: &BaseModel) -> u64 {
-    let layers = base.layers.iter().flat_map(|layer| &layer.projections);
-    let matrices = layers.chain([&base.token_embedding]).chain(&base.output);
-    matrices.map(|matrix| matrix.as_bytes().len() as u64).sum()
+pub fn weight_memory(base: &BaseModel) -> WeightMemory {
+    let bytes = |matrix: &WeightMatrix| matrix.as_bytes().len() as u64;
+    let mut memory = WeightMemory {
+        kept: bytes(&base.token_embedding) + base.output.as_ref().map_or(0, bytes),
+        passing: 0,
+    };
+    for layer in &base.layers {
+        let (mapped, owned): (Vec<_>, Vec<_>) =
+            layer.projections.iter().partition(|matrix| matrix.is_mapped());
+        memory.kept += owned.into_iter().map(bytes).sum::<u64>();
+        memory.passing = memory.passing.max(mapped.into_iter().map(bytes).sum());
+    }
+    memory
 }
 
 fn micro_tokens(precision: Precision) -> usize {
@@ -219,7 +239,7 @@ pub fn memory_need(shape: &SessionShape<'_>, cut: &Cut) -> MemoryNeed {
     let rope = (cut.length * shape.model.head_dim) as u64;
     let kept_values = VECTORS + optimizer_vectors(shape.optimizer) + threads;
     MemoryNeed {
-        weights: shape.weight_bytes,
+        weights: shape.weights.kept + threads * shape.weights.passing,
         tokenizer: TOKENIZER_BYTES + TOKEN_BYTES * shape.model.vocab_size as u64,
         values: FLOAT * (kept_values * values + frozen_values(shape.layout) + rope),
         activations: threads * FLOAT * activations,
@@ -265,6 +285,13 @@ impl Widths {
         let [hidden, feed_forward] = [model.hidden, model.feed_forward].map(|width| width as u64);
         let [queries, keys, heads] =
             [model.query_width(), model.kv_width(), model.heads].map(|width| width as u64);
+        // What the norms of a family keep: their inputs, and a number for each head or token.
+        let normed_heads = queries + keys + heads + model.kv_heads as u64;
+        let normed = match model.family {
+            Family::Llama | Family::Qwen2 => 0,
+            Family::Qwen3 => normed_heads,
+            Family::Gemma3(_) => normed_heads + 2 * (hidden + 1),
+        };
         let lora = shape.layout.config();
         let low = (lora.rank * lora.targets.len()) as u64;
         // Gate and up are kept in halves with bf16 products, and expanded to work on.
@@ -274,7 +301,7 @@ impl Widths {
         };
         Self {
             hidden,
-            saved: 2 + hidden + 2 * queries + 2 * keys + heads + gate_and_up + low,
+            saved: 2 + hidden + 2 * queries + 2 * keys + heads + gate_and_up + low + normed,
             working: feed_forward_working
                 + 3 * hidden.max(queries)
                 + 2 * keys

@@ -99,7 +99,7 @@ fn fit(memory_bytes: u64, options: TrainerOptions, plan: &LocalTraining) -> Resu
     let layout = layout(&model, &Projection::ALL, false);
     let shape = SessionShape {
         model: &model,
-        weight_bytes: 20_000_000,
+        weights: WeightMemory { kept: 20_000_000, passing: 0 },
         layout: &layout,
         optimizer: plan.optimizer,
         precision: options.precision,
