@@ -234,7 +234,7 @@ impl LoraTrainer {
         let head = Arc::new(FrozenHead { base: Arc::clone(&base), precision: options.precision });
         let device = Device::flex().autodiff();
         let pass = Pass { base: Arc::clone(&base), plan, layers: Vec::new(), head, device };
-        let fit = Fit::unbounded(&options);
+        let fit = Fit::unbounded(&base.config, &options);
         Ok(Self { base, layout, options, fit, pass, shards: Vec::new(), positions: 0 })
     }
 

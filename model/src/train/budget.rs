@@ -14,10 +14,12 @@ use crate::family::Family;
 use crate::kernels::head::chunk_rows;
 use crate::weights::WeightMatrix;
 
-/// Tokens of a micro-batch. From here on a larger one saves no time that counts (measured on SmolLM2-135M: 4 %
-/// from 128 to 512 with bf16 products, 2 % from 256 to 512 with f32), and takes more memory.
-const MICRO_TOKENS_F32: usize = 256;
-const MICRO_TOKENS_BF16: usize = 128;
+/// Tokens of a micro-batch. From here on a larger one saves little time (measured on SmolLM2-135M from 256 to 512: 2 %
+/// with bf16 products, nothing with f32; from 128 to 256 with bf16: 10 %), and takes more memory.
+const MICRO_TOKENS: usize = 256;
+
+/// Tokens times the model's width up to which a micro-batch may be larger: a small model's takes little memory.
+const MICRO_VALUES: usize = 1 << 17;
 
 /// Blocks are not cut into shorter ones than this to fit a budget.
 const BLOCK_TOKENS_MIN: usize = 16;
@@ -114,7 +116,7 @@ impl Fit {
         let length = plan.block_tokens.min(shape.model.context_length).max(1);
         let batch = plan.batch_size.max(1);
         let widest = Cut {
-            sequences: (micro_tokens(shape.precision) / length).clamp(1, batch),
+            sequences: (micro_tokens(shape.model) / length).clamp(1, batch),
             length,
             recompute: options.recompute == Recompute::Always,
             threads: options.threads.max(1),
@@ -140,9 +142,9 @@ impl Fit {
     }
 
     /// Without budgets, before a plan is known.
-    pub(super) fn unbounded(options: &TrainerOptions) -> Self {
+    pub(super) fn unbounded(model: &ModelConfig, options: &TrainerOptions) -> Self {
         Self {
-            micro_tokens: micro_tokens(options.precision),
+            micro_tokens: micro_tokens(model),
             block_tokens: usize::MAX,
             recompute: options.recompute == Recompute::Always,
             threads: options.threads.max(1),
@@ -189,11 +191,8 @@ pub fn weight_memory(base: &BaseModel) -> WeightMemory {
     memory
 }
 
-fn micro_tokens(precision: Precision) -> usize {
-    match precision.kernel() {
-        Some(_) => MICRO_TOKENS_BF16,
-        None => MICRO_TOKENS_F32,
-    }
+fn micro_tokens(model: &ModelConfig) -> usize {
+    MICRO_TOKENS.max(MICRO_VALUES / model.hidden)
 }
 
 fn cuts(widest: Cut, options: &TrainerOptions, batch: usize) -> Vec<Cut> {

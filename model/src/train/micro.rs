@@ -93,8 +93,9 @@ mod tests {
         let base = base();
         let layout = layout(&base.config, &Projection::ALL, false);
         let values = adapter(&layout).values;
+        let config = base.config.clone();
         let mut trainer = LoraTrainer::new(base, Arc::clone(&layout), TrainerOptions::default()).unwrap();
-        let fit = Fit::unbounded(&TrainerOptions { threads, ..TrainerOptions::default() });
+        let fit = Fit::unbounded(&config, &TrainerOptions { threads, ..TrainerOptions::default() });
         trainer.take_on(Fit { micro_tokens, ..fit });
         (trainer, values)
     }
