@@ -6,6 +6,7 @@
 //! target to run (all if not given); `FLEETUNE_UPDATE_GOLDEN=1` writes the corpus anew. A failure names the target
 //! and the input.
 
+mod families;
 mod models;
 mod seeds;
 
@@ -50,7 +51,7 @@ fn no_bytes_make_a_decoder_panic() {
         seeds::write();
     }
     let only = std::env::var("FLEETUNE_FUZZ_TARGET").ok();
-    let targets = TARGETS.into_iter().chain(models::TARGETS);
+    let targets = TARGETS.into_iter().chain(models::TARGETS).chain(families::TARGETS);
     let chosen: Vec<Target> =
         targets.filter(|(name, _)| only.as_ref().is_none_or(|only| only == name)).collect();
     assert!(!chosen.is_empty(), "FLEETUNE_FUZZ_TARGET is {only:?}");

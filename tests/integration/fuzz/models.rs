@@ -25,7 +25,7 @@ pub(super) const TARGETS: [Target; 6] = [
     ("tokenizer_json", tokenizer_json),
 ];
 
-static BASE: LazyLock<BaseModel> = LazyLock::new(base);
+pub(super) static BASE: LazyLock<BaseModel> = LazyLock::new(base);
 static ADAPTER: LazyLock<Adapter> = LazyLock::new(adapter);
 
 /// One real value a target.
@@ -101,7 +101,7 @@ fn tokenizer_json(input: &[u8]) {
     let _ = tokenizer.decode(&tokenizer.encode("the boat <|im_start|> 12 é", true));
 }
 
-fn read_model(input: &[u8]) -> Option<BaseModel> {
+pub(super) fn read_model(input: &[u8]) -> Option<BaseModel> {
     BaseModel::from_gguf_bytes(input.to_vec()).ok()
 }
 
@@ -150,7 +150,7 @@ fn unframed(input: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// Exact fractions, so that the corpus is the same on every machine.
-fn values(count: usize, salt: usize) -> Vec<f32> {
+pub(super) fn values(count: usize, salt: usize) -> Vec<f32> {
     (0..count).map(|i| ((i * 37 + salt * 11) % 61) as f32 / 64.0 - 0.5).collect()
 }
 

@@ -47,6 +47,7 @@ pub(super) fn all() -> Vec<(&'static str, Vec<u8>)> {
     let packed = RingVector::from_signed(bits, &[1, -2, 300, -400, 5]).pack();
     let mut seeds = session();
     seeds.extend(super::models::seeds());
+    seeds.extend(super::families::seeds());
     seeds.extend([
         ("ring_vector", [vec![12, 5], packed].concat()),
         ("survivor_set", vec![12, 0b1010_0101, 0b1011]),
