@@ -15,6 +15,7 @@ use super::model::{EncoderLayer, EncoderParts, LayerNormWeights, LinearWeights};
 use super::tokenizer::{CONTINUATION, CONTROL, WordPieceSettings, WordPieceTokenizer};
 use crate::bytes::SharedBytes;
 use crate::error::ModelError;
+use crate::gguf::model::sha256_of;
 use crate::gguf::{Gguf, Metadata, MetadataArray, MetadataValue, TensorEntry};
 
 const ARCHITECTURE: &str = "bert";
@@ -216,19 +217,7 @@ pub(super) fn write(parts: &EncoderParts, extra: &Metadata, out: &mut dyn Write)
 
 /// The hash of that file, which is never held in memory.
 pub(super) fn sha256_when_written(parts: &EncoderParts) -> [u8; 32] {
-    struct HashWriter(Sha256);
-    impl Write for HashWriter {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.update(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut hash = HashWriter(Sha256::new());
-    write(parts, &Metadata::default(), &mut hash).expect("a hash takes all bytes");
-    hash.0.finalize().into()
+    sha256_of(|hash| write(parts, &Metadata::default(), hash))
 }
 
 fn metadata(parts: &EncoderParts) -> Metadata {

@@ -102,8 +102,13 @@ pub(crate) fn to_bytes(model: &BaseModel, extra: &Metadata) -> Vec<u8> {
 
 /// The hash of the file, which is never held in memory.
 pub(crate) fn sha256_when_written(model: &BaseModel) -> [u8; 32] {
+    sha256_of(|hash| write(model, &Metadata::default(), hash))
+}
+
+/// The hash of what is written.
+pub(crate) fn sha256_of(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> [u8; 32] {
     let mut hash = HashWriter(Sha256::new());
-    write(model, &Metadata::default(), &mut hash).expect("a hash takes all bytes");
+    write(&mut hash).expect("a hash takes all bytes");
     hash.0.finalize().into()
 }
 
